@@ -1,0 +1,1 @@
+"""Hugging Face folders and Megatron torch_dist checkpoints, one tensor at a time."""

@@ -1,0 +1,127 @@
+"""Read and write documents: JSON lines, plain, gzip or zstd, recognised by content.
+
+Reads: files of one JSON object a line. Writes: ``.jsonl.zst``. Guarantees: documents keep their order; a line
+that is no document stops the reader with ``file:line``; memory is one block, whatever the file's size.
+"""
+
+import gzip
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+import zstandard
+
+from megatron_adapt.errors import DataError
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+
+
+def open_lines(path: Path) -> BinaryIO | gzip.GzipFile:
+    """Open a file for reading lines of bytes, decompressing by its first bytes.
+
+    Raises:
+        DataError: the file does not exist.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; check the path")
+    raw = path.open("rb")
+    magic = raw.read(4)
+    raw.seek(0)
+    if magic.startswith(_GZIP_MAGIC):
+        return gzip.open(raw, "rb")
+    if magic == _ZSTD_MAGIC:
+        stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True)
+        return io.BufferedReader(stream, 1 << 20)
+    return raw
+
+
+def read_documents(paths: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every document of the files with its place ``file:line``; blank lines are skipped.
+
+    Raises:
+        DataError: a file is missing or damaged, or a line is no JSON object.
+    """
+    for path in paths:
+        number = 0
+        with open_lines(path) as lines:
+            while True:
+                try:
+                    line = lines.readline()
+                except (zstandard.ZstdError, EOFError, OSError) as error:
+                    raise DataError(
+                        f"{path}:{number + 1}: the compressed file is damaged ({error}); fetch it again"
+                    ) from None
+                if not line:
+                    break
+                number += 1
+                if line.strip():
+                    yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        document = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise DataError(f"{where}: no valid JSON ({error}); correct or remove the line") from None
+    if not isinstance(document, dict):
+        raise DataError(f"{where}: a JSON {type(document).__name__}, not an object; write one object a line")
+    return document
+
+
+def read_texts(paths: Iterable[Path], text_key: str) -> Iterator[str]:
+    """Yield the text of every document.
+
+    Raises:
+        DataError: as ``read_documents``; also a document without ``text_key`` or with a text that is no string.
+    """
+    for where, document in read_documents(paths):
+        yield get_text(document, text_key, where)
+
+
+def get_text(document: dict[str, Any], text_key: str, where: str) -> str:
+    """Return the text of a document.
+
+    Raises:
+        DataError: the key is missing or its value is no string.
+    """
+    if text_key not in document:
+        keys = ", ".join(document) or "none"
+        raise DataError(f"{where}: no key {text_key!r} (keys: {keys}); name the key of the text")
+    text = document[text_key]
+    if not isinstance(text, str):
+        raise DataError(f"{where}: {text_key!r} is {type(text).__name__}, not a string; correct the line")
+    return text
+
+
+def limit_texts(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    """Yield whole texts until ``max_bytes`` of UTF-8 are reached; 0 yields all."""
+    total = 0
+    for text in texts:
+        yield text
+        total += len(text.encode())
+        if max_bytes and total >= max_bytes:
+            return
+
+
+class DocumentWriter:
+    """Writes documents to one ``.jsonl.zst`` file; use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._stream = zstandard.ZstdCompressor(level=3).stream_writer(self._file)
+        self.num_documents = 0
+
+    def write(self, document: dict[str, Any]) -> None:
+        """Append one document."""
+        self._stream.write(orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE))
+        self.num_documents += 1
+
+    def __enter__(self) -> "DocumentWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()  # type: ignore[no-untyped-call]
+        self._file.close()

@@ -1,0 +1,1 @@
+"""megatron-core on any machine: parallel layout, model, and what learns."""

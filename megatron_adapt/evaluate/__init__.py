@@ -1,0 +1,1 @@
+"""Bits per byte of exported models, and the report."""

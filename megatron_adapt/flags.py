@@ -1,0 +1,175 @@
+"""Turn a recipe (TOML) and the command line into one frozen config, and run a tool with it.
+
+The recipe gives the defaults, the command line has the last word. A TOML key that no config class knows
+is refused with the nearest known name. ``--help`` imports neither torch nor megatron.
+"""
+
+import difflib
+import logging
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from megatron_adapt.config import Recipe
+from megatron_adapt.errors import AdaptError, ConfigError
+from megatron_adapt.logs import is_main_rank, setup_logging
+
+ConfigT = TypeVar("ConfigT")
+USER_ERROR = 2
+
+
+def load_config(kind: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
+    """Build the config of a tool from its flags; every setting is a flat flag.
+
+    Raises:
+        SystemExit: code 2 on a wrong flag or value (the message is on standard error), 0 on ``--help``.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return tyro.cli(kind, args=args, config=(tyro.conf.OmitArgPrefixes,), description=kind.__doc__)
+    except AdaptError as error:
+        _exit(error)
+
+
+def load_recipe(argv: Sequence[str] | None = None, *, stage: bool = False) -> tuple[Recipe, str]:
+    """Build a ``Recipe`` from ``--recipe FILE`` and flags such as ``--train.seq-length 512`` over it.
+
+    Args:
+        argv: the command line without the program's name; None takes that of the process.
+        stage: whether the tool takes ``--stage NAME``.
+
+    Returns:
+        The recipe and the stage's name (empty when ``stage`` is off).
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    path, args = _take_flag(args, "--recipe")
+    name, args = _take_flag(args, "--stage") if stage else ("", args)
+    try:
+        if path is None and not {"-h", "--help"} & set(args):
+            raise ConfigError("--recipe: missing; name a recipe such as examples/quickstart/recipe.toml")
+        if stage and name is None and path is not None and not {"-h", "--help"} & set(args):
+            raise ConfigError("--stage: missing; name a stage of the recipe")
+        default = read_recipe(Path(path)) if path else None
+        described = f"{Recipe.__doc__} Flags: --recipe FILE" + (" --stage NAME" if stage else "")
+        parse = tyro.cli if default is None else _with_default(default)
+        return parse(Recipe, args=args, description=described + ", then any setting below."), name or ""
+    except AdaptError as error:
+        _exit(error)
+
+
+def _with_default(default: Recipe) -> Callable[..., Recipe]:
+    def parse(kind: type[Recipe], *, args: Sequence[str], description: str) -> Recipe:
+        return tyro.cli(kind, default=default, args=args, description=description)
+
+    return parse
+
+
+def _take_flag(args: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """Take ``flag VALUE`` or ``flag=VALUE`` out of ``args``."""
+    for at, arg in enumerate(args):
+        if arg == flag and at + 1 < len(args):
+            return args[at + 1], [*args[:at], *args[at + 2 :]]
+        if arg.startswith(f"{flag}="):
+            return arg.removeprefix(f"{flag}="), [*args[:at], *args[at + 1 :]]
+    return None, args
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a TOML recipe.
+
+    Raises:
+        ConfigError: the file is missing, is no TOML, or has an unknown key or a value of a wrong type.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--recipe: {path} is not a file; check the path")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: no valid TOML ({error})") from None
+    return typing.cast(Recipe, _build(Recipe, table, str(path), ""))
+
+
+def _build(kind: Any, value: Any, where: str, key: str) -> Any:
+    """Turn a TOML value into ``kind``; ``key`` is the dotted name for messages."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _build(next(part for part in parts if part is not type(None)), value, where, key)
+    if is_dataclass(kind):
+        return _build_dataclass(kind, value, where, key)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_build(parts[0], item, where, f"{key}[{at}]") for at, item in enumerate(value))
+    if origin is tuple and isinstance(value, str):
+        return (_build(parts[0], value, where, key),)
+    if origin is dict and isinstance(value, Mapping):
+        return {name: _build(parts[1], item, where, f"{key}.{name}") for name, item in value.items()}
+    if origin is Literal and value in parts:
+        return value
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    expected = " or ".join(map(repr, parts)) if origin is Literal else getattr(kind, "__name__", str(kind))
+    raise ConfigError(f"{where}: {key}: {value!r} is not {expected}; correct the value")
+
+
+def _build_dataclass(kind: Any, value: Any, where: str, key: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: {key}: {value!r} is no table; write it as [{key}]")
+    hints = typing.get_type_hints(kind)
+    prefix = f"{key}." if key else ""
+    for name in value:
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            advice = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(hints)}"
+            raise ConfigError(f"{where}: {prefix}{name}: unknown setting; {advice}")
+    for item in fields(kind):
+        required = item.default is MISSING and item.default_factory is MISSING
+        if required and item.name not in value:
+            raise ConfigError(f"{where}: {prefix}{item.name}: missing; add it to the recipe")
+    built = {name: _build(hints[name], item, where, f"{prefix}{name}") for name, item in value.items()}
+    try:
+        return kind(**built)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def split_pairs(pairs: Sequence[str], flag: str) -> dict[str, list[Path]]:
+    """Read ``NAME=PATH`` arguments; a name given several times collects its paths.
+
+    Raises:
+        ConfigError: an argument has no name or no path.
+    """
+    found: dict[str, list[Path]] = {}
+    for pair in pairs:
+        name, _, path = pair.partition("=")
+        if not name or not path:
+            raise ConfigError(f"{flag}: {pair!r} is not NAME=PATH")
+        found.setdefault(name, []).append(Path(path))
+    return found
+
+
+def run_tool(entry: Callable[..., object], *args: object) -> None:
+    """Call a stage's entry function; print a user's mistake as one line and exit with code 2."""
+    setup_logging()
+    try:
+        entry(*args)
+    except AdaptError as error:
+        _exit(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _exit(error: AdaptError) -> typing.NoReturn:
+    if is_main_rank():
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    logging.shutdown()
+    raise SystemExit(USER_ERROR) from None

@@ -1,0 +1,1 @@
+"""The training run on megatron-core: one stage of a recipe."""
