@@ -359,6 +359,10 @@ class EvaluateSettings:
     max_bytes: int = 200_000
     "Text scored per language, in bytes; 0 scores all."
 
+    def __post_init__(self) -> None:
+        for name in ("seq_length", "batch_size"):
+            _require(getattr(self, name) >= 1, f"evaluate.{name}: {getattr(self, name)} is below 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:

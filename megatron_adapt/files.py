@@ -151,13 +151,14 @@ def write_stage(path: Path, *, config: Any, inputs: Sequence[Path], counts: Mapp
     write_json(path, record)
 
 
-def is_finished(path: Path, *, config: Any, inputs: Sequence[Path]) -> bool:
-    """Tell whether the record at ``path`` was written by this config from these inputs."""
-    if not path.is_file() or not all(item.exists() for item in inputs):
+def is_finished(path: Path, *, config: Any) -> bool:
+    """Tell whether the record at ``path`` was written by this config and its inputs are still the same."""
+    if not path.is_file():
         return False
     record = read_json(path)
-    same_inputs: bool = record["inputs"] == {str(item): fingerprint(item) for item in inputs}
-    return same_inputs and bool(record["config"] == to_plain(config))
+    if record["config"] != to_plain(config):
+        return False
+    return all(Path(item).exists() and fingerprint(Path(item)) == known for item, known in record["inputs"].items())
 
 
 def _versions() -> dict[str, str]:

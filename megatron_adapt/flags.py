@@ -19,6 +19,7 @@ import tyro
 
 from megatron_adapt.config import Recipe
 from megatron_adapt.errors import AdaptError, ConfigError
+from megatron_adapt.files import read_json
 from megatron_adapt.logs import is_main_rank, setup_logging
 
 ConfigT = TypeVar("ConfigT")
@@ -31,6 +32,7 @@ def load_config(kind: type[ConfigT], argv: Sequence[str] | None = None) -> Confi
     Raises:
         SystemExit: code 2 on a wrong flag or value (the message is on standard error), 0 on ``--help``.
     """
+    setup_logging()
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return tyro.cli(kind, args=args, config=(tyro.conf.OmitArgPrefixes,), description=kind.__doc__)
@@ -48,6 +50,7 @@ def load_recipe(argv: Sequence[str] | None = None, *, stage: bool = False) -> tu
     Returns:
         The recipe and the stage's name (empty when ``stage`` is off).
     """
+    setup_logging()
     args = list(sys.argv[1:] if argv is None else argv)
     path, args = _take_flag(args, "--recipe")
     name, args = _take_flag(args, "--stage") if stage else ("", args)
@@ -82,17 +85,20 @@ def _take_flag(args: list[str], flag: str) -> tuple[str | None, list[str]]:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a TOML recipe.
+    """Read a recipe: TOML, or the JSON that a run saves as its resolved recipe.
 
     Raises:
         ConfigError: the file is missing, is no TOML, or has an unknown key or a value of a wrong type.
     """
     if not path.is_file():
         raise ConfigError(f"--recipe: {path} is not a file; check the path")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: no valid TOML ({error})") from None
+    if path.suffix == ".json":
+        table = read_json(path)
+    else:
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path}: no valid TOML ({error}); correct the line") from None
     return typing.cast(Recipe, _build(Recipe, table, str(path), ""))
 
 
@@ -100,7 +106,7 @@ def _build(kind: Any, value: Any, where: str, key: str) -> Any:
     """Turn a TOML value into ``kind``; ``key`` is the dotted name for messages."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return _build(next(part for part in parts if part is not type(None)), value, where, key)
+        return None if value is None else _build(next(part for part in parts if part is not type(None)), value, where, key)
     if is_dataclass(kind):
         return _build_dataclass(kind, value, where, key)
     if origin is tuple and isinstance(value, list):
@@ -142,6 +148,22 @@ def _build_dataclass(kind: Any, value: Any, where: str, key: str) -> Any:
         raise ConfigError(f"{where}: {error}") from None
 
 
+def to_flags(config: Any) -> list[str]:
+    """Return the command line that makes this config of a tool; ``load_config`` is the inverse."""
+    flags: list[str] = []
+    for item in fields(config):
+        value, flag = getattr(config, item.name), f"--{item.name.replace('_', '-')}"
+        if is_dataclass(value):
+            flags += to_flags(value)
+        elif isinstance(value, bool):
+            flags += [flag if value else flag.replace("--", "--no-", 1)]
+        elif isinstance(value, tuple):
+            flags += [flag, *map(str, value)] if value else []
+        elif value is not None:
+            flags += [flag, str(value)]
+    return flags
+
+
 def split_pairs(pairs: Sequence[str], flag: str) -> dict[str, list[Path]]:
     """Read ``NAME=PATH`` arguments; a name given several times collects its paths.
 
@@ -159,7 +181,6 @@ def split_pairs(pairs: Sequence[str], flag: str) -> dict[str, list[Path]]:
 
 def run_tool(entry: Callable[..., object], *args: object) -> None:
     """Call a stage's entry function; print a user's mistake as one line and exit with code 2."""
-    setup_logging()
     try:
         entry(*args)
     except AdaptError as error:

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ def is_main_rank() -> bool:
 
 
 def setup_logging() -> None:
-    """Send the package's log lines to standard error; other ranks only warn."""
+    """Send the package's log lines to standard error; other ranks only warn. Silences the engine's remarks."""
     handler = logging.StreamHandler(sys.stderr)
     rank = "" if is_main_rank() else f"rank {os.environ['RANK']}: "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {rank}%(message)s", "%H:%M:%S"))
@@ -33,6 +34,8 @@ def setup_logging() -> None:
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if is_main_rank() else logging.WARNING)
+    # megatron-core announces every optional package it does not find
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
 
 
 class Advance(Protocol):

@@ -1,7 +1,8 @@
 """Read and write documents: JSON lines, plain, gzip or zstd, recognised by content.
 
 Reads: files of one JSON object a line. Writes: ``.jsonl.zst``. Guarantees: documents keep their order; a line
-that is no document stops the reader with ``file:line``; memory is one block, whatever the file's size.
+that is no document stops the reader with ``file:line``, and so does a compressed file that ends too early;
+memory is a few blocks and the longest line, whatever the file's size.
 """
 
 import gzip
@@ -17,6 +18,45 @@ from megatron_adapt.errors import DataError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_BLOCK_BYTES = 1 << 16
+
+
+class _ZstdStream(io.RawIOBase):
+    """Bytes of a zstd file of any number of frames.
+
+    zstandard's own ``stream_reader`` takes the end of a truncated file for the end of its text; this one
+    raises ``EOFError`` there.
+    """
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._inside_frame = False
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            block = self._frame.unused_data if self._frame.eof else b""
+            block = block or self._raw.read(_BLOCK_BYTES)
+            if not block:
+                if self._inside_frame:
+                    raise EOFError("it ends in the middle of a frame")
+                return 0
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._ready = memoryview(self._frame.decompress(block))
+            self._inside_frame = not self._frame.eof
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 def open_lines(path: Path) -> BinaryIO | gzip.GzipFile:
@@ -33,8 +73,7 @@ def open_lines(path: Path) -> BinaryIO | gzip.GzipFile:
     if magic.startswith(_GZIP_MAGIC):
         return gzip.open(raw, "rb")
     if magic == _ZSTD_MAGIC:
-        stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True)
-        return io.BufferedReader(stream, 1 << 20)
+        return io.BufferedReader(_ZstdStream(raw), 1 << 20)
     return raw
 
 

@@ -1,0 +1,12 @@
+// Names, arguments and docstrings of the compiled functions; each kernel binds itself.
+
+#include <pybind11/pybind11.h>
+
+#include "blend.h"
+#include "merges.h"
+
+PYBIND11_MODULE(_csrc, module) {
+    module.doc() = "Compiled twins of numpy code in megatron_adapt; arrays in, arrays out.";
+    megatron_adapt::bind_blend(module);
+    megatron_adapt::bind_merges(module);
+}

@@ -1,0 +1,148 @@
+"""Split raw documents of one language into a training and a validation part.
+
+Reads: JSON lines, plain or compressed. Writes: ``train-00000.jsonl.zst`` and ``valid-00000.jsonl.zst`` with one
+``{"id", "text"}`` a line, and ``stage.json`` with the counts by reason.
+
+Guarantees: a text occurs once in the whole output; whether a document is training or validation depends on its id
+alone, so appending files moves none, and translations under one id fall on the same side in every language.
+
+Method, one pass in file order:
+
+1. ``_name_document`` finds the id (a hash of the text where there is none);
+2. ``_decide`` drops empty texts and exact duplicates, splits the rest with ``is_validation``, and closes the
+   training part at ``max_bytes``;
+3. every decision is counted by reason.
+
+Cost: one read and one write of the text; memory about 120 bytes for every distinct text (its hash).
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from megatron_adapt.config import CorpusSettings, PrepareCorpus
+from megatron_adapt.corpus.documents import DocumentWriter, get_text, read_documents
+from megatron_adapt.errors import DataError
+from megatron_adapt.files import STAGE_FILE, replace_folder, require_file, write_stage
+from megatron_adapt.logs import show_progress
+
+logger = logging.getLogger(__name__)
+
+TRAIN_FILE = "train-00000.jsonl.zst"
+VALID_FILE = "valid-00000.jsonl.zst"
+
+Reason = Literal["train", "valid", "empty", "duplicate", "over_max_bytes"]
+
+
+@dataclass
+class _State:
+    """What has been read so far."""
+
+    seen: set[bytes] = field(default_factory=set)
+    closed: bool = False
+    documents: dict[Reason, int] = field(default_factory=lambda: dict.fromkeys(get_args(Reason), 0))
+    bytes: dict[Reason, int] = field(default_factory=lambda: dict.fromkeys(get_args(Reason), 0))
+
+
+def prepare_corpus(config: PrepareCorpus) -> None:
+    """Write the training and the validation part of ``config.input`` to ``config.output``.
+
+    Raises:
+        ConfigError: the output exists and ``overwrite`` is off.
+        DataError: an input is missing or damaged, a line is no document, or a part would be empty.
+    """
+    for path in config.input:
+        require_file(path, "--input")
+    with replace_folder(config.output, overwrite=config.overwrite) as folder:
+        state = _split(config.input, folder, config.settings)
+        _check_parts(state, config)
+        counts = {"documents": state.documents, "bytes": state.bytes}
+        write_stage(folder / STAGE_FILE, config=config, inputs=config.input, counts=counts)
+    logger.info(
+        "%s: %s training documents (%.1f MB), %s validation documents; dropped %s empty, %s duplicate, "
+        "%s over max_bytes",
+        config.output,
+        f"{state.documents['train']:,}",
+        state.bytes["train"] / 1e6,
+        *(f"{state.documents[reason]:,}" for reason in ("valid", "empty", "duplicate", "over_max_bytes")),
+    )
+
+
+def is_validation(name: str, valid_share: float) -> bool:
+    """Tell whether the document called ``name`` is held out.
+
+    A hash of the name, uniform in [0, 1), is compared with ``valid_share``: a larger share only adds documents.
+    """
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < valid_share * 2**64
+
+
+def _split(paths: Iterable[Path], folder: Path, settings: CorpusSettings) -> _State:
+    state = _State()
+    with ExitStack() as stack:
+        writers = {
+            "train": stack.enter_context(DocumentWriter(folder / TRAIN_FILE)),
+            "valid": stack.enter_context(DocumentWriter(folder / VALID_FILE)),
+        }
+        advance = stack.enter_context(show_progress("preparing the corpus", None, "documents"))
+        for where, document in read_documents(paths):
+            text = get_text(document, settings.text_key, where)
+            data = text.encode()
+            name = _name_document(document, settings.id_key, data, where)
+            reason = _decide(name, text, data, state, settings)
+            state.documents[reason] += 1
+            state.bytes[reason] += len(data)
+            if reason in writers:
+                writers[reason].write({"id": name, "text": text})
+            advance()
+    return state
+
+
+def _name_document(document: dict[str, Any], id_key: str, data: bytes, where: str) -> str:
+    name = document.get(id_key)
+    if name is None:
+        return hashlib.blake2b(data, digest_size=16).hexdigest()
+    if isinstance(name, str | int):
+        return str(name)
+    raise DataError(f"{where}: {id_key!r} is {type(name).__name__}, not a string or number; correct the line")
+
+
+def _decide(name: str, text: str, data: bytes, state: _State, settings: CorpusSettings) -> Reason:
+    if not text or text.isspace():
+        return "empty"
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    if digest in state.seen:
+        return "duplicate"
+    state.seen.add(digest)
+    if is_validation(name, settings.valid_share):
+        return "valid"
+    # The part closes at the first document that does not fit: later, shorter ones would make it a biased sample.
+    if settings.max_bytes and state.bytes["train"] + len(data) > settings.max_bytes:
+        state.closed = True
+    return "over_max_bytes" if state.closed else "train"
+
+
+def _check_parts(state: _State, config: PrepareCorpus) -> None:
+    where = ", ".join(map(str, config.input))
+    num_documents = sum(state.documents.values())
+    kept = num_documents - state.documents["empty"] - state.documents["duplicate"]
+    if not num_documents:
+        raise DataError(f"{where}: no documents; give files with one JSON object a line")
+    if not kept:
+        raise DataError(f"{where}: all {num_documents} documents are empty; check prepare.text_key")
+    if not state.documents["valid"]:
+        raise DataError(
+            f"{where}: none of {kept} documents fell into the validation part; "
+            f"raise prepare.valid_share ({config.settings.valid_share}) or add documents"
+        )
+    if not state.documents["train"]:
+        remedy = (
+            f"raise prepare.max_bytes ({config.settings.max_bytes})"
+            if state.documents["over_max_bytes"]
+            else f"lower prepare.valid_share ({config.settings.valid_share}) or add documents"
+        )
+        raise DataError(f"{where}: none of {kept} documents is left for the training part; {remedy}")

@@ -1,0 +1,125 @@
+"""LlamaShape to a megatron-core ``GPTModel``: the same arithmetic as transformers' ``LlamaForCausalLM``.
+
+Three things differ from the engine's defaults: norm and core attention are ours (``norm``, ``attention``); the
+llama3 frequency scaling takes all four of its numbers, where the engine assumes 8192 original positions; and the
+columns that pad the vocabulary never enter the softmax of the loss.
+Weights are left uninitialised: they always come from a checkpoint.
+"""
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_adapt.engine.attention import SDPACoreAttention
+from megatron_adapt.engine.norm import RMSNorm
+from megatron_adapt.engine.parallel import Layout, get_device
+from megatron_adapt.shape import LlamaShape
+
+
+class LlamaModel(GPTModel):  # type: ignore[misc]
+    """A ``GPTModel`` whose loss ignores the columns that only pad the vocabulary."""
+
+    true_vocab_size: int
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return the loss of every token, over the true vocabulary.
+
+        Args:
+            labels: [B, T] token ids.
+            logits: [T, B, V_local], the columns of this tensor-parallel rank; padding columns are overwritten.
+
+        Returns:
+            [B, T] losses in nats, fp32.
+        """
+        local_columns = logits.shape[-1]
+        first_column = parallel_state.get_tensor_model_parallel_rank() * local_columns
+        num_true = min(max(self.true_vocab_size - first_column, 0), local_columns)
+        if num_true < local_columns:
+            logits[..., num_true:] = torch.finfo(logits.dtype).min
+        loss_BT: torch.Tensor = super().compute_language_model_loss(labels, logits)
+        return loss_BT
+
+
+def build_model(
+    shape: LlamaShape, *, padded_vocab_size: int, layout: Layout, seq_length: int, bf16: bool
+) -> LlamaModel:
+    """Build the part of the model that this rank holds, with uninitialised weights.
+
+    Args:
+        shape: the model; its ``vocab_size`` is the true vocabulary.
+        padded_vocab_size: rows of the embedding and head matrices over all tensor-parallel ranks.
+        layout: must equal the layout the engine was started with.
+        seq_length: longest sequence.
+        bf16: bfloat16 weights, otherwise fp32.
+    """
+    config = _make_config(shape, layout, bf16)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+    block = TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    )
+    model = LlamaModel(
+        config=config,
+        transformer_layer_spec=block,
+        vocab_size=padded_vocab_size,
+        max_sequence_length=seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+        rotary_base=shape.rotary_base,
+    )
+    model.true_vocab_size = shape.vocab_size
+    if shape.rope_scaling is not None:
+        scaling = shape.rope_scaling
+        rope = model.rotary_pos_emb
+        rope.inv_freq = rope._apply_scaling(
+            rope.inv_freq,
+            factor=scaling.factor,
+            low_freq_factor=scaling.low_freq_factor,
+            high_freq_factor=scaling.high_freq_factor,
+            original_max_position_embeddings=scaling.original_max_position_embeddings,
+        )
+    return model.to(get_device())
+
+
+def _make_config(shape: LlamaShape, layout: Layout, bf16: bool) -> TransformerConfig:
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        perform_initialization=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        bf16=bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        sequence_parallel=layout.sequence_parallel,
+        finalize_model_grads_func=finalize_model_grads,
+        calculate_per_token_loss=True,
+        # Kernels of Apex and Transformer Engine, which are not required.
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+    )

@@ -1,0 +1,97 @@
+"""Start and stop the engine: process group, parallel layout, seeds.
+
+NCCL where CUDA is, gloo otherwise, by the same code. A process that no launcher started is a job of one rank.
+"""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_adapt.engine import cpu
+from megatron_adapt.errors import EngineError
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a model is spread over the ranks; data parallelism takes the ranks that are left."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+
+def get_device() -> torch.device:
+    """Return the device of this rank."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def start_engine(layout: Layout, seed: int) -> Iterator[None]:
+    """Set up the process group and megatron-core's groups; tear both down at the end.
+
+    Args:
+        layout: tensor and pipeline sizes.
+        seed: seed of every random generator of the engine.
+
+    Raises:
+        EngineError: the number of ranks is no multiple of the ranks that one model needs.
+    """
+    cpu.install()
+    _quieten_engine()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size % layout.model_parallel_size:
+        raise EngineError(
+            f"launch: {world_size} ranks cannot hold tensor_model_parallel_size {layout.tensor_model_parallel_size} x "
+            f"pipeline_model_parallel_size {layout.pipeline_model_parallel_size}; "
+            f"start a multiple of {layout.model_parallel_size} ranks"
+        )
+    _init_process_group(world_size)
+    try:
+        parallel_state.initialize_model_parallel(
+            layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+        )
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _init_process_group(world_size: int) -> None:
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+        return
+    if world_size > 1:
+        raise EngineError(f"launch: WORLD_SIZE is {world_size} but MASTER_ADDR is not set; start with torchrun")
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{_free_port()}", rank=0, world_size=1)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _quieten_engine() -> None:
+    for name in ("megatron.core", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,226 @@
+"""Run a whole adaptation: every stage of a recipe in order, as the commands a user would type.
+
+Reads: a recipe. Writes: the run folder (``run_folder``), ``recipe.json`` (the resolved recipe), ``evaluation.json``
+and ``report.md``. A stage whose record says that the same settings made it from the same inputs is skipped, so a
+run that was killed continues, and a changed setting repeats what depends on it.
+
+1. ``plan_base``: where the recipe asks for it, a base model from scratch, trained on the old languages.
+2. ``plan_adaptation``: tokenizer, new rows, token files, training stages, exports.
+3. ``run_commands``: each as its own process; training under torchrun.
+4. ``write_results``: score base, resized model and every stage; write the table.
+"""
+
+import logging
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_adapt.config import (
+    BuildTokenizer,
+    ConvertCheckpoint,
+    CreateBase,
+    Evaluate,
+    MeasureTokenizer,
+    PrepareCorpus,
+    PreprocessData,
+    Recipe,
+    ResizeVocab,
+    StageSettings,
+)
+from megatron_adapt.errors import ConfigError, DataError
+from megatron_adapt.evaluate.report import show_table, write_report
+from megatron_adapt.files import STAGE_FILE, is_finished, read_json, write_json
+from megatron_adapt.flags import to_flags
+from megatron_adapt.run_folder import RunFolder
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One tool call."""
+
+    tool: str
+    "Name of the file in tools/."
+    config: Any
+    "Config of the tool; for training the stage's settings."
+    record: Path
+    "stage.json that the tool writes when it is finished."
+    stage: str = ""
+    "Name of the training stage."
+
+    def is_finished(self) -> bool:
+        """Tell whether the output is there, made by this config from the inputs as they are now."""
+        return is_finished(self.record, config=self.config)
+
+
+def adapt(recipe: Recipe, tools: Path) -> None:
+    """Run every stage of the recipe that is not finished, then score and report.
+
+    Args:
+        recipe: what to do.
+        tools: folder of the tools.
+
+    Raises:
+        ConfigError: the recipe names no files for a language, or no training stage.
+    """
+    if not recipe.train.stages:
+        raise ConfigError("train.stages: empty; add a [[train.stages]] table to the recipe")
+    for language, files in recipe.corpus.items():
+        if not files:
+            raise ConfigError(f"corpus.{language}: names no file; add --corpus.{language} FILE")
+        for file in files:
+            if not Path(file).is_file():
+                raise DataError(f"corpus.{language}: {file} is not a file; check the path")
+    run = RunFolder(recipe.work_dir)
+    write_json(run.root / "recipe.json", recipe)
+    base_model = recipe.base_model or run.base.export(_base_stage(recipe).name)
+    commands = [*plan_corpus(recipe, run), *plan_base(recipe, run), *plan_adaptation(recipe, run, base_model)]
+    run_commands([*commands, *plan_results(recipe, run, base_model)], recipe, tools)
+    write_results(recipe, run)
+
+
+def _base_stage(recipe: Recipe) -> StageSettings:
+    assert recipe.base_train is not None  # Recipe checks that it is there when base_model is not
+    return recipe.base_train
+
+
+def plan_corpus(recipe: Recipe, run: RunFolder) -> Iterator[Command]:
+    """Yield one call of prepare_corpus per language."""
+    for language in (*recipe.old_languages, *recipe.new_languages):
+        output = run.corpus(language)
+        files = tuple(Path(file) for file in recipe.corpus[language])
+        config = PrepareCorpus(input=files, output=output, overwrite=True, settings=recipe.prepare)
+        yield Command("prepare_corpus", config, output / STAGE_FILE)
+
+
+def plan_base(recipe: Recipe, run: RunFolder) -> Iterator[Command]:
+    """Yield the calls that train a base from scratch; none when the recipe names a base model."""
+    if recipe.base is None:
+        return
+    base, stage = run.base, _base_stage(recipe)
+    corpus = tuple(run.corpus_part(language, "train") for language in recipe.old_languages)
+    config = CreateBase(corpus=corpus, output=base.scratch, overwrite=True, settings=recipe.base)
+    yield Command("create_base", config, base.scratch / STAGE_FILE)
+    yield _convert(recipe, base.scratch, "megatron", base.megatron)
+    for language in recipe.old_languages:
+        yield from _tokenise(recipe, run, base, language, base.scratch)
+    yield _train(recipe, base, stage)
+    yield _convert(recipe, base.checkpoints(stage.name), "hf", base.export(stage.name))
+
+
+def plan_adaptation(recipe: Recipe, run: RunFolder, base_model: Path) -> Iterator[Command]:
+    """Yield the calls from the base model to the exports of every training stage."""
+    corpus = tuple(run.corpus_part(language, "train") for language in recipe.new_languages)
+    build = BuildTokenizer(
+        base=base_model, corpus=corpus, output=run.tokenizer, overwrite=True, settings=recipe.tokenizer
+    )
+    yield Command("build_tokenizer", build, run.tokenizer / STAGE_FILE)
+    resize = ResizeVocab(
+        model=base_model, tokenizer=run.tokenizer, output=run.resized, overwrite=True, settings=recipe.vocab
+    )
+    yield Command("resize_vocab", resize, run.resized / STAGE_FILE)
+    yield _convert(recipe, run.resized, "megatron", run.megatron)
+    for language in (*recipe.old_languages, *recipe.new_languages):
+        yield from _tokenise(recipe, run, run, language, run.tokenizer)
+    for stage in recipe.train.stages:
+        yield _train(recipe, run, stage)
+        yield _convert(recipe, run.checkpoints(stage.name), "hf", run.export(stage.name))
+
+
+def plan_results(recipe: Recipe, run: RunFolder, base_model: Path) -> Iterator[Command]:
+    """Yield the calls that score the models and the tokenizers on the validation documents."""
+    languages = (*recipe.old_languages, *recipe.new_languages)
+    corpora = tuple(f"{language}={run.corpus_part(language, 'valid')}" for language in languages)
+    models = (f"base={base_model}", f"resized={run.resized}")
+    models += tuple(f"{stage.name}={run.export(stage.name)}" for stage in recipe.train.stages)
+    scores = run.root / "evaluation.json"
+    evaluate = Evaluate(models=models, corpora=corpora, json=scores, settings=recipe.evaluate)
+    yield Command("evaluate", evaluate, scores.with_name(f"evaluation.{STAGE_FILE}"))
+    figures = run.root / "tokenizers.json"
+    tokenizers = (f"base={base_model}", f"adapted={run.tokenizer}")
+    measure = MeasureTokenizer(tokenizers=tokenizers, corpora=corpora, json=figures)
+    yield Command("measure_tokenizer", measure, figures.with_name(f"tokenizers.{STAGE_FILE}"))
+
+
+def _convert(recipe: Recipe, source: Path, to: Any, output: Path) -> Command:
+    config = ConvertCheckpoint(
+        source=source, to=to, output=output, verify=True, overwrite=True, settings=recipe.checkpoint
+    )
+    return Command("convert_checkpoint", config, output / STAGE_FILE)
+
+
+def _tokenise(
+    recipe: Recipe, run: RunFolder, target: RunFolder, language: str, tokenizer: Path
+) -> Iterator[Command]:
+    for part in ("train", "valid"):
+        prefix = target.tokens(language, part)
+        config = PreprocessData(
+            input=(run.corpus_part(language, part),),
+            tokenizer=tokenizer,
+            output_prefix=prefix,
+            overwrite=True,
+            settings=recipe.data,
+        )
+        yield Command("preprocess_data", config, prefix.with_name(f"{prefix.name}.{STAGE_FILE}"))
+
+
+def _train(recipe: Recipe, run: RunFolder, stage: StageSettings) -> Command:
+    config = {"stage": stage, "train": recipe.train}
+    return Command("pretrain", config, run.checkpoints(stage.name) / STAGE_FILE, stage=stage.name)
+
+
+def run_commands(commands: list[Command], recipe: Recipe, tools: Path) -> None:
+    """Run the commands that are not finished, each as its own process.
+
+    Raises:
+        SystemExit: a command failed; its own message stands above, its exit code is passed on.
+    """
+    for number, command in enumerate(commands, start=1):
+        title = f"[{number}/{len(commands)}] {command.tool} {command.stage}".rstrip()
+        if command.is_finished():
+            _logger.info("%s: finished before", title)
+            continue
+        argv = _make_argv(command, recipe, tools)
+        _logger.info("%s: %s", title, shlex.join(argv))
+        code = subprocess.run(argv, check=False).returncode
+        if code:
+            _logger.error("%s: failed with exit code %d; the lines above say why", title, code)
+            raise SystemExit(code)
+
+
+def _make_argv(command: Command, recipe: Recipe, tools: Path) -> list[str]:
+    tool = str(tools / f"{command.tool}.py")
+    if not command.stage:
+        return [sys.executable, tool, *to_flags(command.config)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(recipe.train.nproc_per_node)]
+    return [sys.executable, *launch, tool, "--recipe", str(recipe.work_dir / "recipe.json"), "--stage", command.stage]
+
+
+def write_results(recipe: Recipe, run: RunFolder) -> None:
+    """Write ``report.md`` and show the table of all models."""
+    evaluation = read_json(run.root / "evaluation.json")
+    tokenizers = read_json(run.root / "tokenizers.json")
+    tokens_per_byte = {
+        name: {language: figures["tokens_per_byte"] for language, figures in languages.items()}
+        for name, languages in tokenizers.items()
+    }
+    facts = {"sequence length": str(recipe.train.seq_length)}
+    for stage in recipe.train.stages:
+        blend = ", ".join(f"{language} {share:g}" for language, share in stage.blend.items())
+        facts[f"stage {stage.name}"] = f"{stage.tokens:,} tokens, blend {blend}, learns {stage.trainable}, lr {stage.lr:g}"
+    write_report(
+        run.root / "report.md",
+        title=f"From {', '.join(recipe.old_languages)} to {', '.join(recipe.new_languages)}",
+        evaluation=evaluation,
+        tokens_per_byte=tokens_per_byte,
+        languages_old=recipe.old_languages,
+        languages_new=recipe.new_languages,
+        run_facts=facts,
+    )
+    show_table(evaluation, recipe.old_languages, recipe.new_languages)
+    _logger.info("wrote %s; the adapted model is %s", run.root / "report.md", run.export(recipe.train.stages[-1].name))

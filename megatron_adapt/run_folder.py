@@ -1,0 +1,90 @@
+"""Where every stage of a run keeps its files: the layout of ``work_dir``.
+
+``corpus/<lang>/``, ``tokenizer/``, ``resized/``, ``megatron/``, ``tokens/<lang>-{train,valid}.{bin,idx}``,
+``checkpoints/<stage>/``, ``export/<stage>/``; a base made from scratch has the same folders under ``base/``.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_adapt.config import Recipe, StageSettings
+from megatron_adapt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run."""
+
+    root: Path
+
+    @property
+    def base(self) -> "RunFolder":
+        """The run that trains a base from scratch."""
+        return RunFolder(self.root / "base")
+
+    @property
+    def scratch(self) -> Path:
+        """Hugging Face folder with random weights (of a base made from scratch)."""
+        return self.root / "scratch"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Extended tokenizer."""
+        return self.root / "tokenizer"
+
+    @property
+    def resized(self) -> Path:
+        """Hugging Face folder with the new rows filled."""
+        return self.root / "resized"
+
+    @property
+    def megatron(self) -> Path:
+        """Megatron checkpoint that the first stage starts from."""
+        return self.root / "megatron"
+
+    def corpus(self, language: str) -> Path:
+        """Folder of the prepared documents of a language."""
+        return self.root / "corpus" / language
+
+    def corpus_part(self, language: str, part: str) -> Path:
+        """File of the documents of one part, "train" or "valid"."""
+        return self.corpus(language) / f"{part}-00000.jsonl.zst"
+
+    def tokens(self, language: str, part: str) -> Path:
+        """Prefix of the token files of one part, "train" or "valid"."""
+        return self.root / "tokens" / f"{language}-{part}"
+
+    def checkpoints(self, stage: str) -> Path:
+        """Root of the checkpoints of a stage."""
+        return self.root / "checkpoints" / stage
+
+    def export(self, stage: str) -> Path:
+        """Hugging Face folder of the last checkpoint of a stage."""
+        return self.root / "export" / stage
+
+
+@dataclass(frozen=True)
+class StagePlace:
+    """What one training stage is, what it starts from, and where its run lives."""
+
+    settings: StageSettings
+    run: RunFolder
+    initial: Path
+
+
+def find_stage(recipe: Recipe, name: str) -> StagePlace:
+    """Look a training stage up in the recipe.
+
+    Raises:
+        ConfigError: the recipe has no stage of that name.
+    """
+    run = RunFolder(recipe.work_dir)
+    if recipe.base_train is not None and name == recipe.base_train.name:
+        return StagePlace(recipe.base_train, run.base, run.base.megatron)
+    names = [stage.name for stage in recipe.train.stages]
+    if name not in names:
+        known = names + ([recipe.base_train.name] if recipe.base_train else [])
+        raise ConfigError(f"--stage: {name!r} is not in the recipe; use {' or '.join(known) or 'none: it has no stages'}")
+    at = names.index(name)
+    initial = run.megatron if at == 0 else run.checkpoints(names[at - 1])
+    return StagePlace(recipe.train.stages[at], run, initial)

@@ -1,0 +1,78 @@
+"""Gradient buffers, optimizer and learning rate of one stage, all of them megatron-core's."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_adapt.config import StageSettings, TrainSettings
+from megatron_adapt.engine import adam, reshard
+from megatron_adapt.engine.llama import LlamaModel
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What one rank trains with: its wrapped model, the optimizer and the schedule."""
+
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+
+    @property
+    def bare_model(self) -> LlamaModel:
+        """The model without its gradient buffers."""
+        return self.model.module
+
+
+def build_trainer(model: LlamaModel, train: TrainSettings, stage: StageSettings, num_steps: int) -> Trainer:
+    """Wrap a frozen-as-wanted model and build its optimizer and schedule.
+
+    Args:
+        model: the part of this rank; parameters that do not learn are frozen already.
+        train: settings of the run.
+        stage: settings of the stage.
+        num_steps: optimizer steps of the stage.
+    """
+    adam.install()
+    reshard.install()
+    buffers = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=train.use_distributed_optimizer
+    )
+    wrapped = DistributedDataParallel(config=model.config, ddp_config=buffers, module=model)
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=stage.lr,
+        min_lr=stage.min_lr,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_eps=train.adam_eps,
+        clip_grad=train.clip_grad,
+        bf16=train.bf16,
+        params_dtype=torch.bfloat16 if train.bf16 else torch.float32,
+        use_distributed_optimizer=train.use_distributed_optimizer,
+    )
+    optimizer = get_megatron_optimizer(config, [wrapped])
+    return Trainer(wrapped, optimizer, _build_schedule(optimizer, train, stage, num_steps))
+
+
+def _build_schedule(
+    optimizer: MegatronOptimizer, train: TrainSettings, stage: StageSettings, num_steps: int
+) -> OptimizerParamScheduler:
+    """Cosine with linear warm-up, counted in optimizer steps."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=stage.lr,
+        min_lr=stage.min_lr,
+        # The engine wants the decay to end behind the warm-up, also in a stage of one step.
+        lr_warmup_steps=min(round(stage.lr_warmup_fraction * num_steps), num_steps - 1),
+        lr_decay_steps=num_steps,
+        lr_decay_style="cosine",
+        start_wd=train.weight_decay,
+        end_wd=train.weight_decay,
+        wd_incr_steps=num_steps,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,141 @@
+"""One optimizer step and one validation, over micro-batches and the pipeline.
+
+Shapes: B windows of a micro-batch, T positions. Losses are summed over tokens and divided by their number once,
+over the whole job, so that masked positions weigh nothing and the layout changes nothing.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from numpy.typing import NDArray
+
+from megatron_adapt.engine.llama import LlamaModel
+from megatron_adapt.engine.parallel import get_device
+from megatron_adapt.train.optimizer import Trainer
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did."""
+
+    loss: float
+    "Mean loss per token, in nats."
+    grad_norm: float
+    "Norm of the gradient before clipping."
+    learning_rate: float
+    skipped: bool
+    "Whether the engine refused the update because the gradient was not finite."
+
+
+def train_step(trainer: Trainer, windows: NDArray[np.int64], micro_batch_size: int) -> StepReport:
+    """Do one optimizer step on a global batch.
+
+    Args:
+        trainer: model, optimizer and schedule of this rank.
+        windows: [global batch, T + 1] token ids, the same on every rank; each takes its data-parallel part.
+        micro_batch_size: windows in one forward pass.
+    """
+    trainer.model.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    sums = _run_schedule(trainer.model, windows, micro_batch_size, None, learn=True)
+    trainer.schedule.step(increment=1)
+    updated, grad_norm, _ = trainer.optimizer.step()
+    learning_rate = next((group["lr"] for group in trainer.optimizer.param_groups), 0.0)
+    return StepReport(float(sums[0] / sums[1]), float(grad_norm or 0.0), learning_rate, skipped=not updated)
+
+
+def measure_bits_per_byte(
+    model: torch.nn.Module, windows: NDArray[np.int64], token_bytes_V: torch.Tensor, micro_batch_size: int
+) -> float:
+    """Return the loss on validation windows in bits per byte of text.
+
+    Tokens that stand for no text (special tokens) count neither as loss nor as bytes.
+
+    Args:
+        model: wrapped model of this rank.
+        windows: [number, T + 1] token ids.
+        token_bytes_V: bytes of text of every token id.
+        micro_batch_size: windows in one forward pass.
+    """
+    per_pass = micro_batch_size * parallel_state.get_data_parallel_world_size()
+    missing = -len(windows) % per_pass
+    mask = np.ones(len(windows) + missing, dtype=bool)
+    mask[len(windows) :] = False
+    padded = np.concatenate([windows, np.repeat(windows[:1], missing, axis=0)])
+    model.eval()
+    with torch.no_grad():
+        sums = _run_schedule(model, padded, micro_batch_size, token_bytes_V, learn=False, mask=mask)
+    model.train()
+    return float(sums[0] / sums[1]) / math.log(2)
+
+
+def _run_schedule(
+    model: torch.nn.Module,
+    windows: NDArray[np.int64],
+    micro_batch_size: int,
+    token_bytes_V: torch.Tensor | None,
+    *,
+    learn: bool,
+    mask: NDArray[np.bool_] | None = None,
+) -> torch.Tensor:
+    """Send all micro-batches of this rank through the pipeline; return [sum of losses, sum of weights] of the job."""
+    own = _take_data_parallel_part(windows, micro_batch_size)
+    own_mask = _take_data_parallel_part(np.ones(len(windows), bool) if mask is None else mask, micro_batch_size)
+    reports = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, token_bytes_V),
+        data_iterator=zip(own, own_mask, strict=True),
+        model=[model],
+        num_microbatches=len(own),
+        seq_length=windows.shape[1] - 1,
+        micro_batch_size=micro_batch_size,
+        forward_only=not learn,
+    )
+    sums = torch.zeros(2, dtype=torch.float64, device=get_device())
+    for report in reports:  # only the last pipeline stage has any
+        sums += report["sums"]
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    dist.broadcast(
+        sums,
+        src=parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    return sums
+
+
+def _take_data_parallel_part(rows: NDArray[Any], micro_batch_size: int) -> NDArray[Any]:
+    """Cut [global batch, ...] into [micro-batches of this rank, micro batch, ...]."""
+    size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    part: NDArray[Any] = rows.reshape(-1, size, micro_batch_size, *rows.shape[1:])[:, rank]
+    return part
+
+
+def _forward_step(
+    token_bytes_V: torch.Tensor | None,
+    batches: Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]],
+    model: LlamaModel,
+) -> tuple[torch.Tensor, Any]:
+    windows, mask = next(batches)
+    ids = torch.from_numpy(windows).to(get_device())
+    inputs_BT, labels_BT = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    positions_BT = torch.arange(inputs_BT.shape[1], device=ids.device).expand_as(inputs_BT)
+    output = model(inputs_BT, positions_BT, None, labels=labels_BT)
+    weights_BT = torch.from_numpy(mask).to(ids.device)[:, None].expand_as(labels_BT).float()
+    if token_bytes_V is not None:
+        weights_BT = weights_BT * token_bytes_V[labels_BT]
+    return output, partial(_sum_loss, weights_BT)
+
+
+def _sum_loss(weights_BT: torch.Tensor, loss_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    counted_BT = weights_BT > 0
+    loss = (loss_BT * counted_BT).sum()
+    # The engine divides the loss tensor in place later on, so the report must not share its memory.
+    sums = torch.stack([loss.detach().double(), weights_BT.sum().double()])
+    return loss, counted_BT.sum().int(), {"sums": sums}

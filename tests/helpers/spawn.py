@@ -1,0 +1,53 @@
+"""Run a function on several ranks over gloo and collect what it returns."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+def _run_rank(function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple, results: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        results.put((rank, True, function(*args)))
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Call ``function(*args)`` on every rank (RANK, WORLD_SIZE, MASTER_* are set); return the results by rank.
+
+    The function and its arguments must be importable or picklable. The first traceback of a rank is raised.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [
+        context.Process(target=_run_rank, args=(function, rank, world_size, port, args, results))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    found: dict[int, Any] = {}
+    try:
+        for _ in ranks:
+            rank, succeeded, value = results.get(timeout=600)
+            if not succeeded:
+                raise AssertionError(f"rank {rank} failed:\n{value}")
+            found[rank] = value
+    finally:
+        for process in ranks:
+            if len(found) < world_size:
+                process.terminate()
+            process.join(timeout=30)
+    return [found[rank] for rank in range(world_size)]
