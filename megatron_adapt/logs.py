@@ -34,8 +34,8 @@ def setup_logging() -> None:
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if is_main_rank() else logging.WARNING)
-    # megatron-core announces every optional package it does not find
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    # megatron-core announces every optional package it does not find; torch what it will rename one day
+    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
 
 
 class Advance(Protocol):

@@ -136,8 +136,8 @@ def plan_results(recipe: Recipe, run: RunFolder, base_model: Path) -> Iterator[C
     """Yield the calls that score the models and the tokenizers on the validation documents."""
     languages = (*recipe.old_languages, *recipe.new_languages)
     corpora = tuple(f"{language}={run.corpus_part(language, 'valid')}" for language in languages)
-    models = (f"base={base_model}", f"resized={run.resized}")
-    models += tuple(f"{stage.name}={run.export(stage.name)}" for stage in recipe.train.stages)
+    stages = (f"{stage.name}={run.export(stage.name)}" for stage in recipe.train.stages)
+    models = (f"base={base_model}", f"resized={run.resized}", *stages)
     scores = run.root / "evaluation.json"
     evaluate = Evaluate(models=models, corpora=corpora, json=scores, settings=recipe.evaluate)
     yield Command("evaluate", evaluate, scores.with_name(f"evaluation.{STAGE_FILE}"))
@@ -154,9 +154,7 @@ def _convert(recipe: Recipe, source: Path, to: Any, output: Path) -> Command:
     return Command("convert_checkpoint", config, output / STAGE_FILE)
 
 
-def _tokenise(
-    recipe: Recipe, run: RunFolder, target: RunFolder, language: str, tokenizer: Path
-) -> Iterator[Command]:
+def _tokenise(recipe: Recipe, run: RunFolder, target: RunFolder, language: str, tokenizer: Path) -> Iterator[Command]:
     for part in ("train", "valid"):
         prefix = target.tokens(language, part)
         config = PreprocessData(
@@ -212,7 +210,9 @@ def write_results(recipe: Recipe, run: RunFolder) -> None:
     facts = {"sequence length": str(recipe.train.seq_length)}
     for stage in recipe.train.stages:
         blend = ", ".join(f"{language} {share:g}" for language, share in stage.blend.items())
-        facts[f"stage {stage.name}"] = f"{stage.tokens:,} tokens, blend {blend}, learns {stage.trainable}, lr {stage.lr:g}"
+        facts[f"stage {stage.name}"] = (
+            f"{stage.tokens:,} tokens, blend {blend}, learns {stage.trainable}, lr {stage.lr:g}"
+        )
     write_report(
         run.root / "report.md",
         title=f"From {', '.join(recipe.old_languages)} to {', '.join(recipe.new_languages)}",

@@ -84,7 +84,9 @@ def find_stage(recipe: Recipe, name: str) -> StagePlace:
     names = [stage.name for stage in recipe.train.stages]
     if name not in names:
         known = names + ([recipe.base_train.name] if recipe.base_train else [])
-        raise ConfigError(f"--stage: {name!r} is not in the recipe; use {' or '.join(known) or 'none: it has no stages'}")
+        raise ConfigError(
+            f"--stage: {name!r} is not in the recipe; use {' or '.join(known) or 'none: it has no stages'}"
+        )
     at = names.index(name)
     initial = run.megatron if at == 0 else run.checkpoints(names[at - 1])
     return StagePlace(recipe.train.stages[at], run, initial)

@@ -49,7 +49,7 @@ WOMEN = (
     "Alice Beth Clara Diana Emma Fiona Grace Helen Irene Julia Karen Laura Maria Nora Olivia Rose Sarah Vera".split()
 )
 TOWN_HEADS = (
-    "ash black bright clay cold crow east elm fair fox green hart high mill north oak red stone west wood".split()
+    "ash black bright clay cold crow east elm fair fox green hazel high mill north oak red stone west wood".split()
 )
 TOWN_TAILS = "bridge brook bury field ford ham haven hill land ley port side stead ton wick worth".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()

@@ -18,7 +18,7 @@ from megatron_adapt.errors import DataError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-_BLOCK_BYTES = 1 << 16
+_BLOCK_BYTES = 1 << 13  # compressed; repetitive text is a thousand times as long
 
 
 class _ZstdStream(io.RawIOBase):

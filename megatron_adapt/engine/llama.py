@@ -11,6 +11,12 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -61,9 +67,7 @@ def build_model(
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
-    block = TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
-    )
+    block = TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
     model = LlamaModel(
         config=config,
         transformer_layer_spec=block,
@@ -86,7 +90,21 @@ def build_model(
             high_freq_factor=scaling.high_freq_factor,
             original_max_position_embeddings=scaling.original_max_position_embeddings,
         )
-    return model.to(get_device())
+    _mark_split_weights(model)
+    model.to(get_device())
+    return model
+
+
+def _mark_split_weights(model: LlamaModel) -> None:
+    """Mark the weights that tensor-parallel ranks share.
+
+    The engine marks them while it initialises them and not otherwise; unmarked, all ranks but the first leave them
+    out of the gradient norm, and clipping depends on the layout.
+    """
+    split_axis = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        if type(module) in split_axis and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, split_axis[type(module)], 1)
 
 
 def _make_config(shape: LlamaShape, layout: Layout, bf16: bool) -> TransformerConfig:

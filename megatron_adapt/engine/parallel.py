@@ -63,9 +63,7 @@ def start_engine(layout: Layout, seed: int) -> Iterator[None]:
         )
     _init_process_group(world_size)
     try:
-        parallel_state.initialize_model_parallel(
-            layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-        )
+        parallel_state.initialize_model_parallel(layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size)
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield

@@ -1,7 +1,8 @@
 """Bits per byte of Hugging Face folders, per language: a loss that survives a change of tokenizer.
 
 Reads: HF folders (model and tokenizer), documents. Writes: a JSON file
-``{"NAME": {"LANG": {"bits_per_byte": ..., "tokens": ..., ...}}}`` and a table on the terminal.
+``{"NAME": {"LANG": {"bits_per_byte": ..., "tokens": ..., ...}}}`` with its record beside it, and a table on the
+terminal.
 
 Guarantees: every model scores the same documents, whole ones; every byte of a document is scored once and
 divides once; batch size and padding do not change the result. The length of the windows does, slightly: the
@@ -36,7 +37,7 @@ from megatron_adapt.config import Evaluate, EvaluateSettings
 from megatron_adapt.corpus.documents import limit_texts, read_texts
 from megatron_adapt.errors import CheckpointError, ConfigError, DataError
 from megatron_adapt.evaluate.report import Evaluation, show_table
-from megatron_adapt.files import require_file, write_json
+from megatron_adapt.files import STAGE_FILE, require_file, write_json, write_stage
 from megatron_adapt.flags import split_pairs
 from megatron_adapt.logs import Advance, show_progress
 from megatron_adapt.tokenizer.pieces import LoadedTokenizer, encode_texts, read_tokenizer
@@ -96,12 +97,14 @@ def evaluate(config: Evaluate) -> Evaluation:
         evaluation[name] = {}
         for language, paths in corpora.items():
             texts = limit_texts(read_texts(paths, config.text_key), config.settings.max_bytes)
-            with show_progress(f"{name} on {language}", config.settings.max_bytes or None, "bytes") as advance:
+            with show_progress(f"scoring {name} on {language}", None, "bytes") as advance:
                 score = score_texts(model, tokenizer, texts, config.settings, advance)
             evaluation[name][language] = _check_score(score, name, language, paths).to_dict()
     show_table(evaluation)
     if config.json is not None:
         write_json(config.json, evaluation)
+        inputs = [*folders.values(), *(path for paths in corpora.values() for path in paths)]
+        write_stage(config.json.with_name(f"{config.json.stem}.{STAGE_FILE}"), config=config, inputs=inputs)
     return evaluation
 
 

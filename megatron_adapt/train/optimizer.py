@@ -23,7 +23,8 @@ class Trainer:
     @property
     def bare_model(self) -> LlamaModel:
         """The model without its gradient buffers."""
-        return self.model.module
+        model: LlamaModel = self.model.module
+        return model
 
 
 def build_trainer(model: LlamaModel, train: TrainSettings, stage: StageSettings, num_steps: int) -> Trainer:

@@ -64,12 +64,19 @@ def test_any_way_of_reading_gives_the_same_run(prefixes, cuts, block):
             np.testing.assert_array_equal(found, sources[first:last])
 
 
+@pytest.mark.parametrize("block", [1, 8, 50, 1 << 14])
+def test_windows_read_so_far_are_counted_at_every_place(prefixes, monkeypatch, block):
+    monkeypatch.setattr(dataset, "_BLOCK", block)
+    windows = BlendedWindows(_plan(), prefixes)
+    sources_N = windows.read_windows(0, 200)[1]
+    for place in range(201):
+        assert windows.count_before(place).tolist() == np.bincount(sources_N[:place], minlength=2).tolist()
+
+
 def test_longer_run_reads_the_same_windows_of_each_source_first(prefixes):
-    short, long = (BlendedWindows(_plan(tokens), prefixes) for tokens in (800, 4000))
+    short, long = (BlendedWindows(_plan(tokens), prefixes).read_windows(0, tokens // _T) for tokens in (800, 4000))
     for source in (0, 1):
-        a, b = ([ids[at] == source for ids, at in [(w.read_windows(0, len(w))[1], ...)]][0] for w in (short, long))
-        first = short.read_windows(0, len(short))[0][a]
-        second = long.read_windows(0, len(long))[0][b]
+        first, second = (ids_NT1[sources_N == source] for ids_NT1, sources_N in (short, long))
         np.testing.assert_array_equal(first, second[: len(first)])
 
 

@@ -1,4 +1,5 @@
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def test_reader_returns_what_was_written_in_any_portions(tmp_path_factory, docum
             writer.add_documents(ids, np.array([len(document) for document in part], np.int32))
     file = read_tokens(prefix)
     starts = file.starts()
-    found = [file.tokens_N[a:b].tolist() for a, b in zip(starts, starts[1:], strict=False)]
+    found = [file.tokens_N[a:b].tolist() for a, b in pairwise(starts)]
     assert found == documents
     assert file.lengths().tolist() == [len(document) for document in documents]
     assert (file.num_documents, file.num_tokens) == (len(documents), sum(map(len, documents)))
@@ -89,18 +90,22 @@ def test_megatrons_own_dataset_runs_on_our_files(tmp_path):
     assert set(seen.tolist()) <= set(range(1, 201))
 
 
-def test_failure_while_writing_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), write_tokens(tmp_path / "p", 1000) as writer:
+def _fail_while_writing(prefix: Path) -> None:
+    with write_tokens(prefix, 1000) as writer:
         writer.add_documents(np.zeros(3, np.uint16), np.array([3], np.int32))
         raise RuntimeError
+
+
+def test_failure_while_writing_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError):
+        _fail_while_writing(tmp_path / "p")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_failure_while_overwriting_keeps_the_old_files(tmp_path):
     prefix = make_tokens(tmp_path / "p", count_up(0, 20))
-    with pytest.raises(RuntimeError), write_tokens(prefix, 1000) as writer:
-        writer.add_documents(np.zeros(3, np.uint16), np.array([3], np.int32))
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        _fail_while_writing(prefix)
     assert read_tokens(prefix).tokens_N.tolist() == list(range(20))
 
 

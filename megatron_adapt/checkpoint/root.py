@@ -1,0 +1,112 @@
+"""The folders of a Megatron checkpoint, and what they say about the model.
+
+A root holds ``latest_checkpointed_iteration.txt`` ("release" for converted weights, else the step), ``release/`` or
+``iter_0000010/`` (``torch_dist`` folders, as Megatron-LM names them), and ``hf/``: the small Hugging Face files
+that travel with the weights. ``adapt.json`` in a ``torch_dist`` folder describes the model, so that nobody has to
+guess its true vocabulary from a padded matrix.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_adapt.errors import CheckpointError, DataError
+from megatron_adapt.files import read_json, replace_file, write_json
+from megatron_adapt.shape import LlamaShape
+
+LATEST_FILE = "latest_checkpointed_iteration.txt"
+DESCRIPTION_FILE = "adapt.json"
+RELEASE = "release"
+HF_FOLDER = "hf"
+METADATA_FILE = ".metadata"
+"Index of a ``torch_dist`` folder; it is written last, so a folder without it is incomplete."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """Content of ``adapt.json``.
+
+    Attributes:
+        shape: the model, with its true vocabulary.
+        true_vocab_size: rows of the vocabulary matrices that mean something.
+        padded_vocab_size: rows they have in this checkpoint.
+        tokenizer_fingerprint: fingerprint of the tokenizer that the model speaks; None when it came without one.
+        step: training steps of this run so far; 0 for converted weights.
+        dtype: type of the weights, for example "bfloat16".
+    """
+
+    shape: LlamaShape
+    true_vocab_size: int
+    padded_vocab_size: int
+    tokenizer_fingerprint: str | None
+    step: int
+    dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON; ``from_dict`` is the inverse."""
+        return {**vars(self), "shape": self.shape.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Description":
+        """Rebuild a description written by ``to_dict``."""
+        return cls(**{**values, "shape": LlamaShape.from_dict(values["shape"])})
+
+
+def name_iteration(step: int) -> str:
+    """Return the name of a step's folder, as Megatron-LM writes it."""
+    return f"iter_{step:07d}"
+
+
+def is_megatron_checkpoint(folder: Path) -> bool:
+    """Tell whether a folder is the root of a Megatron checkpoint or one of its iterations."""
+    return (folder / LATEST_FILE).is_file() or (folder / METADATA_FILE).is_file()
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """Return the ``torch_dist`` folder of a checkpoint root (its latest), or ``folder`` itself if it is one.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or the one named as latest is missing.
+    """
+    if (folder / METADATA_FILE).is_file():
+        return folder
+    latest = folder / LATEST_FILE
+    if not latest.is_file():
+        raise CheckpointError(f"{folder}: no Megatron checkpoint (neither {LATEST_FILE} nor {METADATA_FILE}); check it")
+    word = latest.read_text(encoding="utf-8").strip()
+    if word != RELEASE and not word.isdecimal():
+        raise CheckpointError(f"{latest}: {word!r} is neither a step nor 'release'; correct the file")
+    found = folder / (RELEASE if word == RELEASE else name_iteration(int(word)))
+    if not (found / METADATA_FILE).is_file():
+        raise CheckpointError(f"{latest}: names {found.name}, which is no checkpoint; name one that is there")
+    return found
+
+
+def write_latest(root: Path, step: int | None) -> None:
+    """Name the newest checkpoint of a root: a step, or None for converted weights."""
+    with replace_file(root / LATEST_FILE) as partial:
+        partial.write_text(RELEASE if step is None else str(step), encoding="utf-8")
+
+
+def write_description(iter_folder: Path, description: Description) -> None:
+    """Write ``adapt.json`` into a ``torch_dist`` folder."""
+    write_json(iter_folder / DESCRIPTION_FILE, description.to_dict())
+
+
+def read_description(iter_folder: Path) -> Description:
+    """Read ``adapt.json`` of a ``torch_dist`` folder.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    path = iter_folder / DESCRIPTION_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{iter_folder}: no {DESCRIPTION_FILE}, so its true vocabulary is unknown; "
+            "start from a checkpoint that tools/convert_checkpoint.py or tools/pretrain.py wrote"
+        )
+    try:
+        return Description.from_dict(read_json(path))
+    except (DataError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); take another checkpoint") from None

@@ -1,0 +1,74 @@
+"""Plain tensor values between files and memory: one copy, at any offset, no file position shared between calls."""
+
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_adapt.errors import CheckpointError
+
+BLOCK_BYTES = 64 << 20
+"Most bytes of a matrix that are in memory at a time where it is handled row by row."
+
+
+class TensorSpec(NamedTuple):
+    """Shape and type of a tensor that is still to be read or written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor's values."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def list_row_blocks(spec: TensorSpec) -> Iterator[tuple[int, int]]:
+    """Yield [start, stop) of row blocks of at most ``BLOCK_BYTES`` (but at least one row)."""
+    num_rows = spec.shape[0]
+    row_bytes = max(1, spec.num_bytes // max(1, num_rows))
+    step = max(1, BLOCK_BYTES // row_bytes)
+    for start in range(0, num_rows, step):
+        yield start, min(start + step, num_rows)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor; writing to it writes to the tensor."""
+    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(values)
+
+
+def read_values(descriptor: int, offset: int, spec: TensorSpec) -> torch.Tensor:
+    """Read a tensor whose values lie at a byte offset of an open file.
+
+    Raises:
+        CheckpointError: the file ends before the tensor does.
+    """
+    values = torch.empty(spec.shape, dtype=spec.dtype)
+    read_into(descriptor, offset, bytes_of(values))
+    return values
+
+
+def read_into(descriptor: int, offset: int, buffer: memoryview) -> None:
+    """Fill ``buffer`` from a byte offset of an open file.
+
+    Raises:
+        CheckpointError: the file ends before the buffer is full.
+    """
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if not count:
+            raise CheckpointError(
+                f"weights file: ended {len(buffer) - done} bytes early; it changed while it was read, start again"
+            )
+        done += count
+
+
+def write_values(descriptor: int, offset: int, values: torch.Tensor) -> None:
+    """Write the values of a tensor at a byte offset of an open file."""
+    buffer = bytes_of(values.contiguous())
+    done = 0
+    while done < len(buffer):
+        done += os.pwrite(descriptor, buffer[done:], offset + done)

@@ -1,0 +1,83 @@
+"""Which texts may become a piece, and where a word of running text may be cut.
+
+Scripts are those of the Unicode Character Database. A character passes a script if its ``Script_Extensions`` name
+it (so the Japanese full stop passes ``Hiragana`` and the Arabic comma ``Arabic``); inherited characters - combining
+marks, joiners - pass together with one that does. With scripts named, no character of other scripts, ASCII digits
+and punctuation included, is ever part of a new piece: text in them keeps its ids.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import regex  # type: ignore[import-untyped]  # a dependency of transformers
+
+from megatron_adapt.errors import ConfigError
+
+MAX_PIECE_CHARACTERS = 16  # sentencepiece's max_sentencepiece_length
+_DIGIT = regex.compile(r"\p{N}")
+# SentencePiece takes Japanese as one script (trainer_interface.cc); the two marks prolong kana.
+_JAPANESE = r"\p{Han}\p{Hiragana}\p{Katakana}ーｰ"
+_CUT_AT = (
+    "Latin Greek Cyrillic Armenian Hebrew Arabic Syriac Thaana Devanagari Bengali Gurmukhi Gujarati Oriya Tamil Telugu "
+    "Kannada Malayalam Sinhala Thai Lao Tibetan Myanmar Georgian Hangul Ethiopic Cherokee Khmer Mongolian"
+).split()
+
+
+@dataclass(frozen=True)
+class PieceFilter:
+    """What the setting ``scripts`` allows."""
+
+    character: regex.Pattern[str]
+    "One character that a piece may be made for."
+    whole: regex.Pattern[str]
+    "A complete piece, a leading space included."
+
+    def refuse(self, text: str) -> str | None:
+        """Return why ``text`` (a leading space written as such) may not become a piece, or None if it may."""
+        if len(text) > MAX_PIECE_CHARACTERS:
+            return "long"
+        if len(_DIGIT.findall(text)) > 1:
+            return "digits"
+        return None if self.whole.fullmatch(text) else "script"
+
+
+def make_filter(scripts: Sequence[str]) -> PieceFilter:
+    """Build the filter for the named scripts; none allows all.
+
+    Raises:
+        ConfigError: a name is no Unicode script.
+    """
+    if not scripts:
+        return PieceFilter(regex.compile(r"\S"), regex.compile(r".*", regex.DOTALL))
+    for name in scripts:
+        try:
+            known = re.fullmatch(r"\w+", name) and regex.compile(rf"\p{{Script_Extensions={name}}}")
+        except regex.error:
+            known = None
+        if not known:
+            raise ConfigError(
+                f"tokenizer.scripts: {name!r} is no Unicode script; use names such as Arabic, Cyrillic, Devanagari, Han"
+            )
+    allowed = "".join(rf"\p{{Script_Extensions={name}}}" for name in scripts)
+    with_marks = rf"[{allowed}\p{{Script=Inherited}}]*"
+    return PieceFilter(regex.compile(rf"[{allowed}]"), regex.compile(rf" ?{with_marks}[{allowed}]{with_marks}"))
+
+
+def find_prefixes(characters: Iterable[str]) -> frozenset[bytes]:
+    """Return every proper beginning of the characters' UTF-8 forms."""
+    spelled = {character.encode() for character in characters}
+    return frozenset(data[:end] for data in spelled for end in range(1, len(data)))
+
+
+def make_word_pattern(marker: str) -> regex.Pattern[str]:
+    """Return the expression that finds the words of text whose spaces are written as ``marker``.
+
+    As SentencePiece's trainer does, a word ends at a space, at a change of script and around every digit; it takes
+    one marker in front of it along. Line ends and other control characters belong to no word.
+    """
+    marks = r"\p{M}\p{Script=Inherited}"
+    runs = [r"\p{N}", rf"[{_JAPANESE}][{_JAPANESE}{marks}]*"]
+    runs += [rf"\p{{{name}}}[\p{{{name}}}{marks}]*" for name in _CUT_AT]
+    runs += [rf"[\p{{L}}{marks}]+", rf"[^\p{{L}}\p{{N}}\s\p{{Cc}}{marker}]+"]
+    return regex.compile(rf"{marker}?(?:{'|'.join(runs)})")

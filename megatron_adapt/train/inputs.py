@@ -1,0 +1,123 @@
+"""What a training stage reads, opened and checked before the engine starts.
+
+Reads: the recipe, the description of the checkpoint to start from, token files. A mistake in any of them is
+reported in seconds, not after the model was built on every rank.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_adapt.checkpoint.root import HF_FOLDER, Description, find_checkpoint, read_description
+from megatron_adapt.config import Recipe, TrainSettings
+from megatron_adapt.data.dataset import BlendedWindows, ValidationWindows
+from megatron_adapt.data.plan import plan_stage
+from megatron_adapt.data.record import record_path
+from megatron_adapt.errors import CheckpointError
+from megatron_adapt.run_folder import StagePlace, find_stage
+from megatron_adapt.shape import check_layout
+from megatron_adapt.tokenizer.pieces import piece_bytes, read_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageInputs:
+    """One stage of training, ready to run."""
+
+    place: StagePlace
+    "Settings of the stage, and its folders."
+    settings: TrainSettings
+    "Settings of the whole run."
+    initial: Path
+    "``torch_dist`` folder of the weights to start from."
+    description: Description
+    "The model in it."
+    blend: BlendedWindows
+    "Windows to train on."
+    valid: dict[str, NDArray[np.int64]]
+    "Validation windows per language, [number, T + 1]."
+    token_bytes_V: NDArray[np.int64]
+    "Bytes of text of every id of the padded vocabulary."
+
+    @property
+    def root(self) -> Path:
+        """Folder of the stage's checkpoints."""
+        return self.place.run.checkpoints(self.place.settings.name)
+
+    @property
+    def hf(self) -> Path:
+        """Hugging Face files that travel with the weights."""
+        return self.place.initial / HF_FOLDER
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the record of the finished stage says was asked for."""
+        return {"stage": self.place.settings, "train": self.settings}
+
+    @property
+    def read_paths(self) -> list[Path]:
+        """What the record of the finished stage says was read."""
+        records = [record_path(self.place.run.tokens(source, "train")) for source in self.blend.plan.sources]
+        return [self.initial, *records]
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What must not change while the stage runs."""
+        return {"plan_hash": self.blend.plan.plan_hash, "data_fingerprints": self.blend.data_fingerprints}
+
+
+def open_inputs(recipe: Recipe, stage_name: str) -> StageInputs:
+    """Find a stage, its weights and its data, and check that they fit each other.
+
+    Raises:
+        ConfigError: no such stage, or a layout that does not fit the model.
+        CheckpointError: no weights to start from, or token files of another tokenizer than theirs.
+        DataError: a source is missing, empty or damaged.
+    """
+    place, settings = find_stage(recipe, stage_name), recipe.train
+    initial = find_checkpoint(place.initial)
+    description = read_description(initial)
+    check_layout(
+        description.shape,
+        tensor_model_parallel_size=settings.tensor_model_parallel_size,
+        pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
+        sequence_parallel=settings.sequence_parallel,
+        seq_length=settings.seq_length,
+    )
+    plan = plan_stage(recipe, stage_name)
+    blend = BlendedWindows(plan, {source: place.run.tokens(source, "train") for source in plan.sources})
+    _check_tokenizer(blend, place, description)
+    valid = {}
+    for language in plan.sources:
+        windows = ValidationWindows(place.run.tokens(language, "valid"), settings.eval_windows, settings.seq_length)
+        valid[language] = windows.read_windows(0, len(windows))
+    return StageInputs(
+        place=place,
+        settings=settings,
+        initial=initial,
+        description=description,
+        blend=blend,
+        valid=valid,
+        token_bytes_V=_count_token_bytes(place.initial / HF_FOLDER, description.padded_vocab_size),
+    )
+
+
+def _check_tokenizer(blend: BlendedWindows, place: StagePlace, description: Description) -> None:
+    record = blend.records[blend.plan.sources[0]]
+    if (record.tokenizer_fingerprint, record.vocab_size) != (
+        description.tokenizer_fingerprint,
+        description.true_vocab_size,
+    ):
+        raise CheckpointError(
+            f"{place.run.tokens(blend.plan.sources[0], 'train')}: written by tokenizer {record.tokenizer_fingerprint} "
+            f"with {record.vocab_size} tokens, but the checkpoint {place.initial} is for tokenizer "
+            f"{description.tokenizer_fingerprint} with {description.true_vocab_size}; "
+            "run tools/preprocess_data.py with the tokenizer of the checkpoint"
+        )
+
+
+def _count_token_bytes(tokenizer: Path, padded_vocab_size: int) -> NDArray[np.int64]:
+    lengths = [len(piece) for piece in piece_bytes(read_tokenizer(tokenizer))]
+    return np.array(lengths + [0] * (padded_vocab_size - len(lengths)), dtype=np.int64)

@@ -1,0 +1,97 @@
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_adapt import config
+from megatron_adapt.config import (
+    BaseSettings,
+    CheckpointSettings,
+    CorpusSettings,
+    DataSettings,
+    EvaluateSettings,
+    Recipe,
+    StageSettings,
+    TokenizerSettings,
+    TrainSettings,
+)
+from megatron_adapt.errors import ConfigError
+
+CLASSES = [item for item in vars(config).values() if isinstance(item, type) and is_dataclass(item)]
+
+
+def make_stage(**changes):
+    return StageSettings(**{"name": "warm", "tokens": 1000, "blend": {"en": 1.0}, **changes})
+
+
+def make_recipe(**changes):
+    values = {
+        "work_dir": Path("run"),
+        "old_languages": ("en",),
+        "new_languages": ("ja",),
+        "corpus": {"en": ("en.jsonl",), "ja": ("ja.jsonl",)},
+        "base_model": Path("base"),
+    }
+    return Recipe(**{**values, **changes})
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_configs_are_frozen_and_keyword_only(kind):
+    parameters = kind.__dataclass_params__
+    assert parameters.frozen
+    assert all(item.kw_only for item in fields(kind))
+    assert kind.__doc__
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.5])
+def test_valid_share_is_a_share(value):
+    with pytest.raises(ConfigError, match=rf"^prepare\.valid_share: {value} is not between 0 and 1$"):
+        CorpusSettings(valid_share=value)
+
+
+@pytest.mark.parametrize("size", ["", "0", "extend", "extend0", "100%", "-3"])
+def test_a_size_is_a_number_or_a_percentage(size):
+    with pytest.raises(ConfigError, match=r"^tokenizer\.size: .* is no size; use a number or extend100$"):
+        TokenizerSettings(size=size)
+    TokenizerSettings(size="32000")
+    TokenizerSettings(size="extend25")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TokenizerSettings(min_frequency=0), r"tokenizer\.min_frequency: 0 is below 1; use 2"),
+        (lambda: CheckpointSettings(vocab_pad_multiple=0), r"checkpoint\.vocab_pad_multiple: 0 is below 1; use 1024"),
+        (lambda: DataSettings(workers=0), r"data\.workers: 0 is below 1; use the number of cores"),
+        (lambda: EvaluateSettings(seq_length=0), r"evaluate\.seq_length: 0 is below 1"),
+        (lambda: EvaluateSettings(batch_size=0), r"evaluate\.batch_size: 0 is below 1"),
+        (lambda: TrainSettings(micro_batch_size=0), r"train\.micro_batch_size: 0 is below 1"),
+        (lambda: TrainSettings(stages=(make_stage(), make_stage())), r"train\.stages: a name occurs twice in .*rename"),
+        (lambda: make_stage(tokens=0), r"train\.stages warm: tokens 0 is not positive"),
+        (lambda: make_stage(blend={}), r"train\.stages warm: blend is empty; name at least one language"),
+        (lambda: make_stage(name="a b"), r"train\.stages a b: the name must be a plain word"),
+        (lambda: make_stage(blend={"en": 0.0}), r"train\.stages warm: blend\.en 0\.0 is not positive; leave the"),
+        (lambda: make_stage(lr=1e-4, min_lr=1e-3), r"train\.stages warm: lr 0\.0001 and min_lr 0\.001 must fall"),
+        (lambda: make_stage(lr_warmup_fraction=1.0), r"train\.stages warm: lr_warmup_fraction 1\.0 is not between"),
+        (lambda: make_recipe(corpus={"en": ("a",)}), r"corpus: no files for 'ja'; add corpus\.ja to the recipe"),
+        (
+            lambda: make_recipe(train=TrainSettings(stages=(make_stage(blend={"de": 1.0}),))),
+            r"train\.stages warm: blend\.de is not among old_languages and new_languages",
+        ),
+        (lambda: make_recipe(base_model=None), r"base_model: give either base_model or both tables \[base\]"),
+        (
+            lambda: make_recipe(base=BaseSettings(), base_train=make_stage()),
+            r"base_model: give either base_model or both tables \[base\]",
+        ),
+        (lambda: make_recipe(base_model=None, base=BaseSettings()), r"base_model: give either base_model or both"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_setting(make, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        make()
+
+
+def test_right_values_are_accepted():
+    stage = make_stage(lr_warmup_fraction=0.0)
+    assert make_recipe(train=TrainSettings(stages=(stage, make_stage(name="full")))).train.stages[0] == stage
+    assert make_recipe(base_model=None, base=BaseSettings(), base_train=stage).base == BaseSettings()

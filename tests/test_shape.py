@@ -1,0 +1,133 @@
+import json
+
+import pytest
+
+from megatron_adapt.errors import ConfigError
+from megatron_adapt.shape import LlamaShape, RopeScaling, check_layout, pad_vocab_size, read_shape
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 4096}
+
+
+def make_config(**changes):
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": 6,
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 100,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+    }
+    return {**config, **changes}
+
+
+def check(shape, **changes):
+    layout = {
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "sequence_parallel": False,
+        "seq_length": 128,
+    }
+    check_layout(shape, **{**layout, **changes})
+
+
+def test_parameters_are_those_counted_by_hand():
+    shape = read_shape(make_config(), "config.json")
+    layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 176 + 2 * 64
+    assert shape.num_parameters == 6 * layer + 64 + 2 * 100 * 64
+    tied = read_shape(make_config(tie_word_embeddings=True), "config.json")
+    assert tied.num_parameters == 6 * layer + 64 + 100 * 64
+
+
+def test_both_generations_of_transformers_configs_read_alike():
+    old = make_config(rope_scaling={"type": "llama3", **LLAMA3})
+    new = make_config(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3})
+    del new["rope_theta"]
+    assert read_shape(old, "a") == read_shape(new, "b")
+    assert read_shape(old, "a").rope_scaling == RopeScaling(**LLAMA3)
+    assert read_shape(old, "a").rotary_base == 5e5
+
+
+def test_absent_fields_take_transformers_defaults():
+    config = make_config()
+    for name in ("num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings"):
+        del config[name]
+    shape = read_shape(config, "config.json")
+    assert (shape.num_query_groups, shape.kv_channels, shape.layernorm_epsilon) == (8, 8, 1e-6)
+    assert (shape.rotary_base, shape.max_position_embeddings, shape.tied) == (10000.0, 2048, False)
+
+
+def test_head_dim_overrides_the_quotient():
+    assert read_shape(make_config(head_dim=32), "config.json").kv_channels == 32
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "llama3", **LLAMA3}])
+def test_a_shape_survives_json(scaling):
+    shape = read_shape(make_config(rope_scaling=scaling), "config.json")
+    assert LlamaShape.from_dict(json.loads(json.dumps(shape.to_dict()))) == shape
+
+
+@pytest.mark.parametrize(("size", "padded"), [(1, 1024), (1024, 1024), (1025, 2048), (32000, 32768)])
+def test_vocabulary_is_padded_upwards(size, padded):
+    assert pad_vocab_size(size, 1024) == padded
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, r"c\.json: model_type 'gpt2' is not supported; use one of llama, mistral"),
+        ({"attention_bias": True}, r"c\.json: attention_bias True is not supported; the engine"),
+        ({"mlp_bias": True}, r"c\.json: mlp_bias True is not supported"),
+        ({"sliding_window": 4096}, r"c\.json: sliding_window 4096 is not supported"),
+        ({"hidden_act": "gelu"}, r"c\.json: hidden_act 'gelu' is not supported"),
+        ({"num_key_value_heads": 3}, r"c\.json: num_key_value_heads 3 does not divide num_attention_heads 8"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+            r"c\.json: rope scaling of type 'yarn' is not supported; use 'default' or 'llama3'",
+        ),
+    ],
+)
+def test_what_the_engine_cannot_reproduce_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        read_shape(make_config(**changes), "c.json")
+
+
+def test_a_config_without_the_sizes_of_a_llama_is_refused():
+    config = make_config()
+    del config["hidden_size"], config["vocab_size"]
+    with pytest.raises(ConfigError, match=r"^c\.json: hidden_size, vocab_size missing; this is not the config of a"):
+        read_shape(config, "c.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"tensor_model_parallel_size": 8},
+            r"train\.tensor_model_parallel_size: 8 does not divide the model's 4 key-value heads and "
+            r"176 feed-forward columns; use 1 or 2 or 4$",
+        ),
+        (
+            {"pipeline_model_parallel_size": 4},
+            r"train\.pipeline_model_parallel_size: 4 does not divide 6 layers; use 1 or 2 or 3 or 6$",
+        ),
+        ({"sequence_parallel": True}, r"train\.sequence_parallel: has no effect at .* 1; switch it off"),
+        (
+            {"sequence_parallel": True, "tensor_model_parallel_size": 4, "seq_length": 126},
+            r"train\.seq_length: 126 is not a multiple of tensor_model_parallel_size 4, .*; use 124$",
+        ),
+        ({"seq_length": 129}, r"train\.seq_length: 129 exceeds the model's 128 positions; use at most 128$"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused_with_the_ones_that_do(changes, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        check(read_shape(make_config(), "c.json"), **changes)
+
+
+def test_layouts_that_fit_are_accepted():
+    shape = read_shape(make_config(), "c.json")
+    check(shape)
+    check(shape, tensor_model_parallel_size=4, pipeline_model_parallel_size=3, sequence_parallel=True)

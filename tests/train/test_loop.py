@@ -1,0 +1,189 @@
+"""Training on the real engine: layouts, exact resume, what learns, and what is refused.
+
+Cheapest first within a topic; every spawn starts the engine anew (about 8 s) and checks several claims.
+"""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_adapt.checkpoint.dist import DistReader
+from megatron_adapt.checkpoint.root import find_checkpoint
+from megatron_adapt.errors import CheckpointError, ConfigError
+from megatron_adapt.logs import read_metrics
+from tests.helpers.runs import NUM_STEPS, make_run, train_stage
+from tests.helpers.spawn import run_ranks
+
+LAYOUTS = {
+    "tp2": (2, ["--train.tensor-model-parallel-size", "2"]),
+    "pp2": (2, ["--train.pipeline-model-parallel-size", "2"]),
+    "tp2-pp2": (4, ["--train.tensor-model-parallel-size", "2", "--train.pipeline-model-parallel-size", "2"]),
+    "tp2-sp": (2, ["--train.tensor-model-parallel-size", "2", "--train.sequence-parallel"]),
+    "dp2": (2, []),
+    "dp2-without-distributed-optimizer": (2, ["--train.no-use-distributed-optimizer"]),
+}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def reference(request, tmp_path_factory):
+    """A run on one rank: its recipe and its metrics."""
+    folder = tmp_path_factory.mktemp("reference")
+    recipe = make_run(folder, tie_word_embeddings=request.param)
+    rows = train_stage(recipe, "first")
+    return recipe, rows
+
+
+def copy_run(recipe, folder):
+    """Copy what a run starts from, without its checkpoints."""
+    shutil.copytree(recipe.parent, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    copied = folder / "recipe.toml"
+    copied.write_text(copied.read_text().replace(str(recipe.parent), str(folder)))
+    return copied
+
+
+def get_curve(rows):
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_reference_learns_and_logs_every_step(reference):
+    _, rows = reference
+    losses = get_curve(rows)
+    assert len(losses) == NUM_STEPS
+    assert losses[-1] < 0.9 * losses[0]
+    assert rows[0]["step"] == 0
+    assert [row["step"] for row in rows if "valid_bits_per_byte" in row] == [0, 3, 6]
+    first, last = rows[0]["valid_bits_per_byte"], rows[-1]["valid_bits_per_byte"]
+    assert last["xx"] < first["xx"]
+    assert last["en"] < first["en"]
+
+
+def test_tokens_of_each_language_are_those_of_the_blend(reference):
+    _, rows = reference
+    assert rows[-1]["tokens"] == {"en": NUM_STEPS * 3 * 16, "xx": NUM_STEPS * 9 * 16}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_do_not_depend_on_the_layout(reference, layout, tmp_path):
+    recipe, expected = reference
+    world_size, flags = LAYOUTS[layout]
+    copied = copy_run(recipe, tmp_path / "run")
+    rows = run_ranks(train_stage, world_size, copied, "first", *flags)[0]
+    assert get_curve(rows) == pytest.approx(get_curve(expected), rel=1e-5)
+    # A norm that misses a shard clips by another factor; the first losses would not show it.
+    norms = [row["grad_norm"] for row in expected if "grad_norm" in row]
+    assert [row["grad_norm"] for row in rows if "grad_norm" in row] == pytest.approx(norms, rel=1e-4)
+    for row, other in zip(rows, expected, strict=True):
+        assert row.get("valid_bits_per_byte", {}) == pytest.approx(other.get("valid_bits_per_byte", {}), rel=1e-5)
+
+
+RESUMES = {
+    "fp32": (1, []),
+    "bf16": (1, ["--train.bf16"]),
+    "bf16-tp2-sp": (2, ["--train.bf16", *LAYOUTS["tp2-sp"][1]]),
+    "fp32-pp2": (2, LAYOUTS["pp2"][1]),
+}
+
+
+@pytest.mark.parametrize("case", RESUMES)
+def test_resumed_run_equals_an_undisturbed_one(case, tmp_path):
+    world_size, flags = RESUMES[case]
+    straight = make_run(tmp_path / "straight")
+    resumed = copy_run(straight, tmp_path / "resumed")
+    expected = run_ranks(train_stage, world_size, straight, "first", *flags)[0]
+    half = run_ranks(train_stage, world_size, resumed, "first", *flags, "--train.stop-after-steps", "3")[0]
+    assert half[-1]["step"] == 3
+    rows = run_ranks(train_stage, world_size, resumed, "first", *flags)[0]
+    for name in ("loss", "grad_norm", "learning_rate", "valid_bits_per_byte", "tokens"):
+        assert [row.get(name) for row in rows] == [row.get(name) for row in expected], name
+
+
+def test_state_of_another_layout_continues_within_rounding(reference, tmp_path):
+    recipe, expected = reference
+    copied = copy_run(recipe, tmp_path / "run")
+    run_ranks(train_stage, 2, copied, "first", *LAYOUTS["tp2"][1], "--train.stop-after-steps", "3")
+    rows = run_ranks(train_stage, 2, copied, "first", *LAYOUTS["pp2"][1])[0]
+    assert get_curve(rows) == pytest.approx(get_curve(expected), rel=1e-5)
+
+
+def test_embeddings_stage_starts_from_the_stage_before_and_leaves_the_body_alone(reference):
+    recipe, first_rows = reference
+    rows = train_stage(recipe, "second")
+    assert rows[0]["valid_bits_per_byte"] == pytest.approx(first_rows[-1]["valid_bits_per_byte"], rel=1e-6)
+    checkpoints = recipe.parent / "run" / "checkpoints"
+    before, after = (DistReader(find_checkpoint(checkpoints / stage)) for stage in ("first", "second"))
+    changed = {
+        name
+        for name in before.names
+        if not name.startswith("optimizer") and not torch.equal(before.read(name), after.read(name))
+    }
+    assert changed in (
+        {"embedding.word_embeddings.weight"},
+        {"embedding.word_embeddings.weight", "output_layer.weight"},
+    )
+    assert {name for name in after.names if name.startswith("optimizer.state.exp_avg.")} == {
+        f"optimizer.state.exp_avg.{name}" for name in changed
+    }
+
+
+def test_finished_stage_is_not_trained_again(reference):
+    recipe, rows = reference
+    record = recipe.parent / "run" / "checkpoints" / "first" / "stage.json"
+    written = record.read_bytes()
+    assert train_stage(recipe, "first") == rows
+    assert record.read_bytes() == written
+    with pytest.raises(CheckpointError, match="finished, with other settings .*; remove the folder"):
+        train_stage(recipe, "first", "--train.stages.0.lr", "5e-3")
+
+
+def test_changed_plan_under_a_running_stage_is_refused(tmp_path):
+    recipe = make_run(tmp_path)
+    train_stage(recipe, "first", "--train.stop-after-steps", "3")
+    with pytest.raises(CheckpointError, match=r"saved with plan_hash \w+, now it is \w+; restore the setting"):
+        train_stage(recipe, "first", "--train.stages.0.blend.en", "0.5")
+
+
+def test_changed_learning_rate_takes_effect_on_resume(tmp_path):
+    recipe = make_run(tmp_path)
+    train_stage(recipe, "first", "--train.stop-after-steps", "3")
+    rows = train_stage(recipe, "first", "--train.stages.0.min-lr", "5e-3")
+    assert rows[-1]["learning_rate"] == pytest.approx(5e-3)
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path):
+    recipe = make_run(tmp_path / "one")
+    other = make_run(tmp_path / "two", vocab_size=310)
+    shutil.rmtree(recipe.parent / "run" / "tokens")
+    shutil.copytree(other.parent / "run" / "tokens", recipe.parent / "run" / "tokens")
+    with pytest.raises(CheckpointError, match="with 310 tokens, but the checkpoint .* with 300; run tools/preprocess"):
+        train_stage(recipe, "first")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train.tensor-model-parallel-size", "4"], "4 does not divide the model's 2 key-value heads .*; use 1 or 2"),
+        (["--train.pipeline-model-parallel-size", "3"], "3 does not divide 2 layers; use 1 or 2"),
+        (["--train.micro-batch-size", "5"], "global_batch_size: 12 is not a multiple of micro_batch_size 5 x 1"),
+        (["--train.seq-length", "256"], "256 exceeds the model's 128 positions"),
+        (["--train.sequence-parallel"], "no effect at tensor_model_parallel_size 1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(reference, flags, message, tmp_path):
+    recipe, _ = reference
+    copied = copy_run(recipe, tmp_path / "run")
+    with pytest.raises(ConfigError, match=message):
+        train_stage(copied, "first", *flags)
+    assert not (tmp_path / "run" / "run" / "checkpoints").exists()
+
+
+def test_metrics_of_steps_behind_the_last_checkpoint_are_dropped_on_resume(tmp_path):
+    recipe = make_run(tmp_path)
+    train_stage(recipe, "first", "--train.stop-after-steps", "3")
+    metrics = tmp_path / "run" / "checkpoints" / "first" / "metrics.jsonl"
+    with metrics.open("a") as file:
+        file.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')
+    train_stage(recipe, "first")
+    assert [row["step"] for row in read_metrics(metrics)] == list(range(NUM_STEPS + 1))
+    assert np.isfinite(get_curve(read_metrics(metrics))).all()
