@@ -4,23 +4,19 @@ The recipe gives the defaults, the command line has the last word. A TOML key th
 is refused with the nearest known name. ``--help`` imports neither torch nor megatron.
 """
 
-import difflib
 import logging
 import sys
-import tomllib
-import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
-from megatron_adapt.config import Recipe
 from megatron_adapt.errors import AdaptError, ConfigError
-from megatron_adapt.files import read_json
 from megatron_adapt.logs import is_main_rank, setup_logging
+from megatron_adapt.recipe import Recipe, read_recipe
 
 ConfigT = TypeVar("ConfigT")
 USER_ERROR = 2
@@ -82,70 +78,6 @@ def _take_flag(args: list[str], flag: str) -> tuple[str | None, list[str]]:
         if arg.startswith(f"{flag}="):
             return arg.removeprefix(f"{flag}="), [*args[:at], *args[at + 1 :]]
     return None, args
-
-
-def read_recipe(path: Path) -> Recipe:
-    """Read a recipe: TOML, or the JSON that a run saves as its resolved recipe.
-
-    Raises:
-        ConfigError: the file is missing, is no TOML, or has an unknown key or a value of a wrong type.
-    """
-    if not path.is_file():
-        raise ConfigError(f"--recipe: {path} is not a file; check the path")
-    if path.suffix == ".json":
-        table = read_json(path)
-    else:
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: no valid TOML ({error}); correct the line") from None
-    return typing.cast(Recipe, _build(Recipe, table, str(path), ""))
-
-
-def _build(kind: Any, value: Any, where: str, key: str) -> Any:
-    """Turn a TOML value into ``kind``; ``key`` is the dotted name for messages."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _build(next(part for part in parts if part is not type(None)), value, where, key)
-    if is_dataclass(kind):
-        return _build_dataclass(kind, value, where, key)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_build(parts[0], item, where, f"{key}[{at}]") for at, item in enumerate(value))
-    if origin is tuple and isinstance(value, str):
-        return (_build(parts[0], value, where, key),)
-    if origin is dict and isinstance(value, Mapping):
-        return {name: _build(parts[1], item, where, f"{key}.{name}") for name, item in value.items()}
-    if origin is Literal and value in parts:
-        return value
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if isinstance(kind, type) and type(value) is kind:
-        return value
-    expected = " or ".join(map(repr, parts)) if origin is Literal else getattr(kind, "__name__", str(kind))
-    raise ConfigError(f"{where}: {key}: {value!r} is not {expected}; correct the value")
-
-
-def _build_dataclass(kind: Any, value: Any, where: str, key: str) -> Any:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: {key}: {value!r} is no table; write it as [{key}]")
-    hints = typing.get_type_hints(kind)
-    prefix = f"{key}." if key else ""
-    for name in value:
-        if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
-            advice = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(hints)}"
-            raise ConfigError(f"{where}: {prefix}{name}: unknown setting; {advice}")
-    for item in fields(kind):
-        required = item.default is MISSING and item.default_factory is MISSING
-        if required and item.name not in value:
-            raise ConfigError(f"{where}: {prefix}{item.name}: missing; add it to the recipe")
-    built = {name: _build(hints[name], item, where, f"{prefix}{name}") for name, item in value.items()}
-    try:
-        return kind(**built)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
 
 
 def to_flags(config: Any) -> list[str]:

@@ -27,7 +27,6 @@ from megatron_adapt.config import (
     MeasureTokenizer,
     PrepareCorpus,
     PreprocessData,
-    Recipe,
     ResizeVocab,
     StageSettings,
 )
@@ -35,6 +34,7 @@ from megatron_adapt.errors import ConfigError, DataError
 from megatron_adapt.evaluate.report import show_table, write_report
 from megatron_adapt.files import STAGE_FILE, is_finished, read_json, write_json
 from megatron_adapt.flags import to_flags
+from megatron_adapt.recipe import Recipe
 from megatron_adapt.run_folder import RunFolder
 
 _logger = logging.getLogger(__name__)

@@ -7,8 +7,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_adapt.config import Recipe, StageSettings
+from megatron_adapt.config import StageSettings
 from megatron_adapt.errors import ConfigError
+from megatron_adapt.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class StagePlace:
     settings: StageSettings
     run: RunFolder
     initial: Path
+    number: int
+    "Place among the stages; a base made from scratch is stage 0."
 
 
 def find_stage(recipe: Recipe, name: str) -> StagePlace:
@@ -80,7 +83,7 @@ def find_stage(recipe: Recipe, name: str) -> StagePlace:
     """
     run = RunFolder(recipe.work_dir)
     if recipe.base_train is not None and name == recipe.base_train.name:
-        return StagePlace(recipe.base_train, run.base, run.base.megatron)
+        return StagePlace(recipe.base_train, run.base, run.base.megatron, 0)
     names = [stage.name for stage in recipe.train.stages]
     if name not in names:
         known = names + ([recipe.base_train.name] if recipe.base_train else [])
@@ -89,4 +92,4 @@ def find_stage(recipe: Recipe, name: str) -> StagePlace:
         )
     at = names.index(name)
     initial = run.megatron if at == 0 else run.checkpoints(names[at - 1])
-    return StagePlace(recipe.train.stages[at], run, initial)
+    return StagePlace(recipe.train.stages[at], run, initial, at + 1)

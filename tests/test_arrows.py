@@ -21,8 +21,8 @@ MAX_TOOL_LINES = 30
 ROWS = (
     {"errors"},
     {"shape", "config", "files", "_csrc"},
-    {"logs", "run_folder"},
-    {"flags"},
+    {"logs", "recipe"},
+    {"flags", "run_folder"},
     {"corpus", "engine"},
     {"tokenizer"},
     {"checkpoint"},

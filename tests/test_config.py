@@ -10,12 +10,12 @@ from megatron_adapt.config import (
     CorpusSettings,
     DataSettings,
     EvaluateSettings,
-    Recipe,
     StageSettings,
     TokenizerSettings,
     TrainSettings,
 )
 from megatron_adapt.errors import ConfigError
+from megatron_adapt.recipe import Recipe
 
 CLASSES = [item for item in vars(config).values() if isinstance(item, type) and is_dataclass(item)]
 

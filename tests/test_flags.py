@@ -15,7 +15,8 @@ from megatron_adapt.config import (
 )
 from megatron_adapt.errors import ConfigError, DataError
 from megatron_adapt.files import write_json
-from megatron_adapt.flags import load_config, load_recipe, read_recipe, run_tool, split_pairs, to_flags
+from megatron_adapt.flags import load_config, load_recipe, run_tool, split_pairs, to_flags
+from megatron_adapt.recipe import read_recipe
 
 SETTINGS = CorpusSettings(valid_share=0.25, max_bytes=7)
 TOOLS = sorted((Path(__file__).parents[1] / "tools").glob("*.py"))

@@ -21,11 +21,11 @@ from typing import Any
 
 import orjson
 
-from megatron_adapt.config import Recipe
 from megatron_adapt.data.index import read_tokens
 from megatron_adapt.data.windows import count_windows
 from megatron_adapt.errors import ConfigError, DataError
 from megatron_adapt.files import read_json, write_json
+from megatron_adapt.recipe import Recipe
 from megatron_adapt.run_folder import find_stage
 
 logger = logging.getLogger(__name__)
@@ -205,7 +205,8 @@ def plan_stage(recipe: Recipe, name: str) -> BlendPlan:
         {source: read_tokens(place.run.tokens(source, "train")).num_tokens for source in place.settings.blend},
         seq_length=recipe.train.seq_length,
         global_batch_size=recipe.train.global_batch_size,
-        seed=recipe.train.seed,
+        # Stages read the sources in orders of their own, or every stage would begin with the same windows.
+        seed=recipe.train.seed + place.number,
     )
 
 

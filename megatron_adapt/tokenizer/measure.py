@@ -6,7 +6,6 @@ Special tokens that a tokenizer adds by itself are not counted. A word is what s
 fertility of Rust et al. 2021, arXiv:2012.15613); for scripts without spaces read tokens per character instead.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -21,12 +20,11 @@ from megatron_adapt.corpus.documents import limit_texts, read_texts
 from megatron_adapt.errors import ConfigError, DataError
 from megatron_adapt.files import STAGE_FILE, require_file, write_json, write_stage
 from megatron_adapt.flags import split_pairs
-from megatron_adapt.logs import show_progress
+from megatron_adapt.logs import Advance, show_progress
 from megatron_adapt.tokenizer.pieces import LoadedTokenizer, read_tokenizer
 
 _BATCH_TEXTS = 256
 _WIDTH = 120
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,8 @@ def measure_tokenizer(config: MeasureTokenizer) -> dict[str, dict[str, Tokenizer
         figures[name] = {}
         for language, paths in corpora.items():
             texts = limit_texts(read_texts(paths, config.text_key), config.max_bytes)
-            with show_progress(f"{name} on {language}", None, "documents"):
-                figures[name][language] = measure(tokenizer, texts)
+            with show_progress(f"{name} on {language}", None, "MB") as advance:
+                figures[name][language] = measure(tokenizer, _count_up(texts, advance))
             if not figures[name][language].bytes:
                 raise DataError(f"--corpora: {language} holds no text ({', '.join(map(str, paths))}); check the files")
     show_table(figures)
@@ -83,6 +81,12 @@ def measure_tokenizer(config: MeasureTokenizer) -> dict[str, dict[str, Tokenizer
         inputs = [*(paths[0] for paths in folders.values()), *(path for paths in corpora.values() for path in paths)]
         write_stage(config.json.with_name(f"{config.json.stem}.{STAGE_FILE}"), config=config, inputs=inputs)
     return figures
+
+
+def _count_up(texts: Iterable[str], advance: Advance) -> Iterator[str]:
+    for text in texts:
+        yield text
+        advance(len(text.encode()) / 1e6)
 
 
 def measure(tokenizer: LoadedTokenizer, texts: Iterable[str]) -> TokenizerFigures:

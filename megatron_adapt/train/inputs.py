@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_adapt.checkpoint.root import HF_FOLDER, Description, find_checkpoint, read_description
-from megatron_adapt.config import Recipe, TrainSettings
+from megatron_adapt.config import TrainSettings
 from megatron_adapt.data.dataset import BlendedWindows, ValidationWindows
 from megatron_adapt.data.plan import plan_stage
 from megatron_adapt.data.record import record_path
 from megatron_adapt.errors import CheckpointError
+from megatron_adapt.recipe import Recipe
 from megatron_adapt.run_folder import StagePlace, find_stage
 from megatron_adapt.shape import check_layout
 from megatron_adapt.tokenizer.pieces import piece_bytes, read_tokenizer
@@ -106,10 +107,7 @@ def open_inputs(recipe: Recipe, stage_name: str) -> StageInputs:
 
 def _check_tokenizer(blend: BlendedWindows, place: StagePlace, description: Description) -> None:
     record = blend.records[blend.plan.sources[0]]
-    if (record.tokenizer_fingerprint, record.vocab_size) != (
-        description.tokenizer_fingerprint,
-        description.true_vocab_size,
-    ):
+    if record.tokenizer_fingerprint != description.tokenizer_fingerprint:
         raise CheckpointError(
             f"{place.run.tokens(blend.plan.sources[0], 'train')}: written by tokenizer {record.tokenizer_fingerprint} "
             f"with {record.vocab_size} tokens, but the checkpoint {place.initial} is for tokenizer "

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megatron_adapt.checkpoint.root import HF_FOLDER
 from megatron_adapt.checkpoint.weights import load_weights
-from megatron_adapt.config import Recipe, TrainSettings
+from megatron_adapt.config import TrainSettings
 from megatron_adapt.data.plan import write_plan
 from megatron_adapt.engine.llama import build_model
 from megatron_adapt.engine.parallel import Layout, get_device, start_engine
@@ -30,6 +30,7 @@ from megatron_adapt.engine.trainable import freeze_rest
 from megatron_adapt.errors import CheckpointError, ConfigError
 from megatron_adapt.files import STAGE_FILE, is_finished, write_stage
 from megatron_adapt.logs import MetricsWriter, is_main_rank
+from megatron_adapt.recipe import Recipe
 from megatron_adapt.train.inputs import StageInputs, open_inputs
 from megatron_adapt.train.optimizer import Trainer, build_trainer
 from megatron_adapt.train.state import load_state, save_state

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy, TorchDistSaveShardedStrategy
+from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_adapt.checkpoint.root import (
     LATEST_FILE,
@@ -37,6 +38,8 @@ from megatron_adapt.files import read_json, to_plain, write_json
 from megatron_adapt.train.optimizer import Trainer
 
 TRAINING_FILE = "training.json"
+_SETTINGS = ("max_lr", "min_lr", "betas", "eps")
+"Settings in the optimizer's groups: those of the recipe hold, not those of the checkpoint."
 _logger = logging.getLogger(__name__)
 
 
@@ -97,13 +100,20 @@ def load_state(root: Path, trainer: Trainer, training: Mapping[str, Any]) -> int
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _data_parallel_group())
     loaded = dist_checkpointing.load(state, str(folder), strategy)
     trainer.bare_model.load_state_dict(loaded["model"], strict=False)
-    # The engine writes fp32 weights in place, which autograd forbids on a leaf.
-    with torch.no_grad():
-        trainer.optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer(trainer.optimizer, loaded["optimizer"])
     step = read_description(folder).step
     trainer.schedule.step(increment=step)
     _logger.info("continuing after step %d of %s", step, folder)
     return step
+
+
+def _load_optimizer(optimizer: MegatronOptimizer, saved: Any) -> None:
+    asked = [{name: group[name] for name in _SETTINGS} for group in optimizer.param_groups]
+    # The engine writes fp32 weights in place, which autograd forbids on a leaf.
+    with torch.no_grad():
+        optimizer.load_state_dict(saved)
+    for group, settings in zip(optimizer.param_groups, asked, strict=True):
+        group.update(settings)
 
 
 def _sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:

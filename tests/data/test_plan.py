@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_adapt.config import Recipe, StageSettings, TrainSettings
+from megatron_adapt.config import StageSettings, TrainSettings
 from megatron_adapt.data.plan import describe_plan, describe_stages, make_plan, plan_stages, read_plan, write_plan
 from megatron_adapt.errors import ConfigError, DataError
+from megatron_adapt.recipe import Recipe
 from tests.data.token_files import count_up, make_tokens
 
 _SIZES = {"seq_length": 10, "global_batch_size": 4, "seed": 1}

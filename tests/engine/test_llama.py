@@ -98,7 +98,7 @@ def test_every_setting_of_trainable_has_its_rule():
 
 def test_too_few_ranks_are_refused_with_the_number_to_start():
     with (
-        pytest.raises(EngineError, match="1 ranks cannot hold tensor_model_parallel_size 2 .* start a multiple of 4"),
+        pytest.raises(EngineError, match=r"1 ranks cannot hold tensor_model_parallel_size 2 .* start a multiple of 4"),
         start_engine(Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), seed=1),
     ):
         pass

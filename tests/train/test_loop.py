@@ -115,14 +115,14 @@ def test_embeddings_stage_starts_from_the_stage_before_and_leaves_the_body_alone
     before, after = (DistReader(find_checkpoint(checkpoints / stage)) for stage in ("first", "second"))
     changed = {
         name
-        for name in before.names
+        for name in before.keys
         if not name.startswith("optimizer") and not torch.equal(before.read(name), after.read(name))
     }
     assert changed in (
         {"embedding.word_embeddings.weight"},
         {"embedding.word_embeddings.weight", "output_layer.weight"},
     )
-    assert {name for name in after.names if name.startswith("optimizer.state.exp_avg.")} == {
+    assert {name for name in after.keys if name.startswith("optimizer.state.exp_avg.")} == {
         f"optimizer.state.exp_avg.{name}" for name in changed
     }
 
@@ -133,7 +133,7 @@ def test_finished_stage_is_not_trained_again(reference):
     written = record.read_bytes()
     assert train_stage(recipe, "first") == rows
     assert record.read_bytes() == written
-    with pytest.raises(CheckpointError, match="finished, with other settings .*; remove the folder"):
+    with pytest.raises(CheckpointError, match=r"finished, with other settings .*; remove the folder"):
         train_stage(recipe, "first", "--train.stages.0.lr", "5e-3")
 
 
@@ -156,7 +156,7 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path):
     other = make_run(tmp_path / "two", vocab_size=310)
     shutil.rmtree(recipe.parent / "run" / "tokens")
     shutil.copytree(other.parent / "run" / "tokens", recipe.parent / "run" / "tokens")
-    with pytest.raises(CheckpointError, match="with 310 tokens, but the checkpoint .* with 300; run tools/preprocess"):
+    with pytest.raises(CheckpointError, match=r"with 310 tokens, but the checkpoint .* with 300; run tools/preprocess"):
         train_stage(recipe, "first")
 
 

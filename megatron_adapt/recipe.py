@@ -1,0 +1,132 @@
+"""Recipe: a whole adaptation as one TOML file, read strictly.
+
+A key that no config class knows is refused with the nearest known name; a value of a wrong type with its place.
+The JSON that a run saves as its resolved recipe reads back equal.
+"""
+
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_adapt.config import (
+    BaseSettings,
+    CheckpointSettings,
+    CorpusSettings,
+    DataSettings,
+    EvaluateSettings,
+    StageSettings,
+    TokenizerSettings,
+    TrainSettings,
+    VocabSettings,
+)
+from megatron_adapt.errors import ConfigError
+from megatron_adapt.files import read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole adaptation: one TOML file."""
+
+    work_dir: Path
+    "Folder of the run; every stage writes its own folder in it."
+    old_languages: tuple[str, ...]
+    "Languages the base model knows and must keep."
+    new_languages: tuple[str, ...]
+    "Languages it shall learn."
+    corpus: dict[str, tuple[str, ...]]
+    "Files of raw documents per language."
+    base_model: Path | None = None
+    "Hugging Face folder of the base model. Without it, [base] and [base_train] make one from scratch."
+    prepare: CorpusSettings = field(default_factory=CorpusSettings)
+    base: BaseSettings | None = None
+    base_train: StageSettings | None = None
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    vocab: VocabSettings = field(default_factory=VocabSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+
+    def __post_init__(self) -> None:
+        languages = set(self.old_languages) | set(self.new_languages)
+        for language in sorted(languages - set(self.corpus)):
+            raise ConfigError(f"corpus: no files for {language!r}; add corpus.{language} to the recipe")
+        for stage in (*self.train.stages, *([self.base_train] if self.base_train else [])):
+            for language in sorted(set(stage.blend) - languages):
+                raise ConfigError(
+                    f"train.stages {stage.name}: blend.{language} is not among old_languages and new_languages"
+                )
+        scratch = self.base is not None and self.base_train is not None
+        if (self.base_model is None) != scratch:
+            raise ConfigError("base_model: give either base_model or both tables [base] and [base_train]")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe: TOML, or the JSON that a run saves as its resolved recipe.
+
+    Raises:
+        ConfigError: the file is missing, is no TOML, or has an unknown key or a value of a wrong type.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--recipe: {path} is not a file; check the path")
+    if path.suffix == ".json":
+        table = read_json(path)
+    else:
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path}: no valid TOML ({error}); correct the line") from None
+    return typing.cast(Recipe, _build(Recipe, table, str(path), ""))
+
+
+def _build(kind: Any, value: Any, where: str, key: str) -> Any:
+    """Turn a TOML value into ``kind``; ``key`` is the dotted name for messages."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return (
+            None if value is None else _build(next(part for part in parts if part is not type(None)), value, where, key)
+        )
+    if is_dataclass(kind):
+        return _build_dataclass(kind, value, where, key)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_build(parts[0], item, where, f"{key}[{at}]") for at, item in enumerate(value))
+    if origin is tuple and isinstance(value, str):
+        return (_build(parts[0], value, where, key),)
+    if origin is dict and isinstance(value, Mapping):
+        return {name: _build(parts[1], item, where, f"{key}.{name}") for name, item in value.items()}
+    if origin is Literal and value in parts:
+        return value
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    expected = " or ".join(map(repr, parts)) if origin is Literal else getattr(kind, "__name__", str(kind))
+    raise ConfigError(f"{where}: {key}: {value!r} is not {expected}; correct the value")
+
+
+def _build_dataclass(kind: Any, value: Any, where: str, key: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: {key}: {value!r} is no table; write it as [{key}]")
+    hints = typing.get_type_hints(kind)
+    prefix = f"{key}." if key else ""
+    for name in value:
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1)
+            advice = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(hints)}"
+            raise ConfigError(f"{where}: {prefix}{name}: unknown setting; {advice}")
+    for item in fields(kind):
+        required = item.default is MISSING and item.default_factory is MISSING
+        if required and item.name not in value:
+            raise ConfigError(f"{where}: {prefix}{item.name}: missing; add it to the recipe")
+    built = {name: _build(hints[name], item, where, f"{prefix}{name}") for name, item in value.items()}
+    try:
+        return kind(**built)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
