@@ -26,8 +26,7 @@ def is_main_rank() -> bool:
 
 
 def setup_logging() -> None:
-    """Send the package's log lines to standard error; other ranks only warn. Silences what libraries remark."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    """Send the package's log lines to standard error; other ranks only warn. Silences the engine's remarks."""
     handler = logging.StreamHandler(sys.stderr)
     rank = "" if is_main_rank() else f"rank {os.environ['RANK']}: "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {rank}%(message)s", "%H:%M:%S"))

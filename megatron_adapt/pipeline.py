@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_adapt.checkpoint.hf import read_hf_shape
 from megatron_adapt.config import (
+    BaseSettings,
     BuildTokenizer,
     ConvertCheckpoint,
     CreateBase,
@@ -30,12 +32,13 @@ from megatron_adapt.config import (
     ResizeVocab,
     StageSettings,
 )
-from megatron_adapt.errors import ConfigError, DataError
+from megatron_adapt.errors import CheckpointError, ConfigError
 from megatron_adapt.evaluate.report import show_table, write_report
-from megatron_adapt.files import STAGE_FILE, is_finished, read_json, write_json
+from megatron_adapt.files import STAGE_FILE, is_finished, read_json, require_file, write_json
 from megatron_adapt.flags import to_flags
 from megatron_adapt.recipe import Recipe
-from megatron_adapt.run_folder import RunFolder
+from megatron_adapt.run_folder import RunFolder, describe_training
+from megatron_adapt.shape import LlamaShape, check_layout
 
 _logger = logging.getLogger(__name__)
 
@@ -66,7 +69,25 @@ def adapt(recipe: Recipe, tools: Path) -> None:
         tools: folder of the tools.
 
     Raises:
-        ConfigError: the recipe names no files for a language, or no training stage.
+        ConfigError: the recipe is incomplete, or its layout does not fit the model.
+        DataError: a file of the corpus is missing.
+        CheckpointError: a training stage was finished under other settings.
+    """
+    check_recipe(recipe)
+    run = RunFolder(recipe.work_dir)
+    write_json(run.root / "recipe.json", recipe)
+    base_model = recipe.base_model or run.base.export(_get_base(recipe)[1].name)
+    commands = [*plan_corpus(recipe, run), *plan_base(recipe, run), *plan_adaptation(recipe, run, base_model)]
+    run_commands([*commands, *plan_results(recipe, run, base_model)], recipe, tools)
+    write_results(recipe, run)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse in a second what would otherwise fail after hours.
+
+    Raises:
+        ConfigError: no training stage, no file for a language, or a layout that does not fit the model.
+        DataError: a file of the corpus is missing.
     """
     if not recipe.train.stages:
         raise ConfigError("train.stages: empty; add a [[train.stages]] table to the recipe")
@@ -74,19 +95,39 @@ def adapt(recipe: Recipe, tools: Path) -> None:
         if not files:
             raise ConfigError(f"corpus.{language}: names no file; add --corpus.{language} FILE")
         for file in files:
-            if not Path(file).is_file():
-                raise DataError(f"corpus.{language}: {file} is not a file; check the path")
-    run = RunFolder(recipe.work_dir)
-    write_json(run.root / "recipe.json", recipe)
-    base_model = recipe.base_model or run.base.export(_base_stage(recipe).name)
-    commands = [*plan_corpus(recipe, run), *plan_base(recipe, run), *plan_adaptation(recipe, run, base_model)]
-    run_commands([*commands, *plan_results(recipe, run, base_model)], recipe, tools)
-    write_results(recipe, run)
+            require_file(Path(file), f"corpus.{language}")
+    train = recipe.train
+    check_layout(
+        read_hf_shape(recipe.base_model) if recipe.base_model is not None else _shape_of_base(_get_base(recipe)[0]),
+        tensor_model_parallel_size=train.tensor_model_parallel_size,
+        pipeline_model_parallel_size=train.pipeline_model_parallel_size,
+        sequence_parallel=train.sequence_parallel,
+        seq_length=train.seq_length,
+    )
 
 
-def _base_stage(recipe: Recipe) -> StageSettings:
-    assert recipe.base_train is not None  # Recipe checks that it is there when base_model is not
-    return recipe.base_train
+def _shape_of_base(base: BaseSettings) -> LlamaShape:
+    return LlamaShape(
+        num_layers=base.num_layers,
+        hidden_size=base.hidden_size,
+        ffn_hidden_size=base.ffn_hidden_size,
+        num_attention_heads=base.num_attention_heads,
+        num_query_groups=base.num_query_groups,
+        kv_channels=base.hidden_size // base.num_attention_heads,
+        vocab_size=base.vocab_size,
+        max_position_embeddings=base.max_position_embeddings,
+        layernorm_epsilon=1e-6,
+        rotary_base=10000.0,
+        rope_scaling=None,
+        tied=base.tied,
+    )
+
+
+def _get_base(recipe: Recipe) -> tuple[BaseSettings, StageSettings]:
+    """Return [base] and [base_train], which ``Recipe`` requires where there is no base model."""
+    assert recipe.base is not None
+    assert recipe.base_train is not None
+    return recipe.base, recipe.base_train
 
 
 def plan_corpus(recipe: Recipe, run: RunFolder) -> Iterator[Command]:
@@ -100,11 +141,11 @@ def plan_corpus(recipe: Recipe, run: RunFolder) -> Iterator[Command]:
 
 def plan_base(recipe: Recipe, run: RunFolder) -> Iterator[Command]:
     """Yield the calls that train a base from scratch; none when the recipe names a base model."""
-    if recipe.base is None:
+    if recipe.base_model is not None:
         return
-    base, stage = run.base, _base_stage(recipe)
+    base, (settings, stage) = run.base, _get_base(recipe)
     corpus = tuple(run.corpus_part(language, "train") for language in recipe.old_languages)
-    config = CreateBase(corpus=corpus, output=base.scratch, overwrite=True, settings=recipe.base)
+    config = CreateBase(corpus=corpus, output=base.scratch, overwrite=True, settings=settings)
     yield Command("create_base", config, base.scratch / STAGE_FILE)
     yield _convert(recipe, base.scratch, "megatron", base.megatron)
     for language in recipe.old_languages:
@@ -168,7 +209,7 @@ def _tokenise(recipe: Recipe, run: RunFolder, target: RunFolder, language: str, 
 
 
 def _train(recipe: Recipe, run: RunFolder, stage: StageSettings) -> Command:
-    config = {"stage": stage, "train": recipe.train}
+    config = describe_training(stage, recipe.train)
     return Command("pretrain", config, run.checkpoints(stage.name) / STAGE_FILE, stage=stage.name)
 
 
@@ -176,6 +217,7 @@ def run_commands(commands: list[Command], recipe: Recipe, tools: Path) -> None:
     """Run the commands that are not finished, each as its own process.
 
     Raises:
+        CheckpointError: a training stage was finished under other settings; nothing is thrown away unasked.
         SystemExit: a command failed; its own message stands above, its exit code is passed on.
     """
     for number, command in enumerate(commands, start=1):
@@ -183,6 +225,11 @@ def run_commands(commands: list[Command], recipe: Recipe, tools: Path) -> None:
         if command.is_finished():
             _logger.info("%s: finished before", title)
             continue
+        if command.stage and command.record.is_file():
+            raise CheckpointError(
+                f"{command.record.parent}: the stage is finished, with other settings or from other weights or data; "
+                "remove the folder to train it again"
+            )
         argv = _make_argv(command, recipe, tools)
         _logger.info("%s: %s", title, shlex.join(argv))
         code = subprocess.run(argv, check=False).returncode

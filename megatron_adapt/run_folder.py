@@ -6,9 +6,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_adapt.config import StageSettings
+from megatron_adapt.config import StageSettings, TrainSettings
 from megatron_adapt.errors import ConfigError
+from megatron_adapt.files import to_plain
 from megatron_adapt.recipe import Recipe
 
 
@@ -73,6 +75,15 @@ class StagePlace:
     initial: Path
     number: int
     "Place among the stages; a base made from scratch is stage 0."
+
+
+_WITHOUT_EFFECT = "stages nproc_per_node log_interval save_interval eval_interval eval_windows stop_after_steps".split()
+
+
+def describe_training(stage: StageSettings, train: TrainSettings) -> dict[str, Any]:
+    """Return the settings that decide the weights a stage ends with; its record keeps them."""
+    decisive = {name: value for name, value in to_plain(train).items() if name not in _WITHOUT_EFFECT}
+    return {"stage": to_plain(stage), "train": decisive}
 
 
 def find_stage(recipe: Recipe, name: str) -> StagePlace:

@@ -1,7 +1,13 @@
+"""Settings of every test."""
+
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# Before anything imports torch: as ``flags`` sets it for the tools, or a busy machine makes the tests ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(autouse=True)

@@ -63,16 +63,16 @@ def write_extended(base: LoadedTokenizer, pieces: list[bytes], folder: Path) -> 
     for path in copied:
         if path.name in stale:
             path.unlink()
-    if (folder / JSON_FILE).is_file():
-        content = read_json(folder / JSON_FILE)
+    if (base.folder / JSON_FILE).is_file():
+        content = read_json(base.folder / JSON_FILE)
     else:
         content = orjson.loads(base.tokenizer.to_str())
         if not (folder / CONFIG_FILE).is_file():
             specials = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
             write_json(folder / CONFIG_FILE, {"tokenizer_class": "PreTrainedTokenizerFast", **specials})
     old_order: list[str] = []
-    if (folder / MODEL_FILE).is_file():
-        model = read_model(folder / MODEL_FILE)
+    if base.kind == "sentencepiece" and (base.folder / MODEL_FILE).is_file():
+        model = read_model(base.folder / MODEL_FILE)
         _check_agreement(model, content)
         write_model(_extend_model(model, base, spelled), folder / MODEL_FILE)
         old_order = list_by_score(model)

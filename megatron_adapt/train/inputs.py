@@ -18,7 +18,7 @@ from megatron_adapt.data.plan import plan_stage
 from megatron_adapt.data.record import record_path
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.recipe import Recipe
-from megatron_adapt.run_folder import StagePlace, find_stage
+from megatron_adapt.run_folder import StagePlace, describe_training, find_stage
 from megatron_adapt.shape import check_layout
 from megatron_adapt.tokenizer.pieces import piece_bytes, read_tokenizer
 
@@ -55,7 +55,7 @@ class StageInputs:
     @property
     def config(self) -> dict[str, Any]:
         """What the record of the finished stage says was asked for."""
-        return {"stage": self.place.settings, "train": self.settings}
+        return describe_training(self.place.settings, self.settings)
 
     @property
     def read_paths(self) -> list[Path]:

@@ -1,0 +1,76 @@
+import pytest
+
+from megatron_adapt.errors import DataError
+from megatron_adapt.tokenizer.append import write_extended
+from megatron_adapt.tokenizer.check import check_extension, find_unreachable
+from megatron_adapt.tokenizer.model_proto import read_model, write_model
+from megatron_adapt.tokenizer.pieces import read_tokenizer, to_letters
+from megatron_adapt.tokenizer.words import strip_tokenizer
+from tests.tokenizer.bases import edit_json
+
+SAMPLE = ["the inter", "кот"]
+
+
+def new_piece(base):
+    """Two old pieces that the base does not join, as one."""
+    pieces = sorted(piece for piece in base.tokenizer.get_vocab() if piece.isalpha() and piece.isascii())
+    texts = (left + right for left in pieces for right in pieces if len(left) == len(right) == 3)
+    found = next(text for text in texts if len(strip_tokenizer(base).encode(text)) == 2)
+    return found.encode()
+
+
+def test_a_piece_that_no_merge_makes_is_unreachable(base, tmp_path):
+    spelled = write_extended(base, [new_piece(base), b"zqzqzq"], tmp_path)
+    assert find_unreachable(read_tokenizer(tmp_path), spelled) == {"zqzqzq"}
+    with pytest.raises(DataError, match="1 pieces are unreachable"):
+        check_extension(base, read_tokenizer(tmp_path), spelled, SAMPLE)
+
+
+def swap(content):
+    vocab = content["model"]["vocab"]
+    vocab["in"], vocab["er"] = vocab["er"], vocab["in"]
+
+
+def test_a_moved_id_is_found(base, tmp_path):
+    spelled = write_extended(base, [new_piece(base)], tmp_path)
+    edit_json(tmp_path / "tokenizer.json", swap)
+    with pytest.raises(DataError, match=r"id \d+ of '(in|er)' became \d+"):
+        check_extension(base, read_tokenizer(tmp_path), spelled, SAMPLE)
+
+
+def test_a_changed_added_token_is_found(base, tmp_path):
+    spelled = write_extended(base, [new_piece(base)], tmp_path)
+    edit_json(tmp_path / "tokenizer.json", lambda content: content["added_tokens"][0].update(lstrip=True))
+    with pytest.raises(DataError, match=r"added token 0 .* became"):
+        check_extension(base, read_tokenizer(tmp_path), spelled, SAMPLE)
+
+
+def test_lost_text_is_found(base, tmp_path):
+    spelled = write_extended(base, [new_piece(base)], tmp_path)
+    edit_json(tmp_path / "tokenizer.json", lambda content: content.update(normalizer={"type": "Lowercase"}))
+    with pytest.raises(DataError, match=r"'The IN'\.\.\. is decoded otherwise than before"):
+        check_extension(base, read_tokenizer(tmp_path), spelled, ["The IN"])
+
+
+def test_files_that_disagree_are_found(bases, tmp_path):
+    base = bases["sentencepiece"]
+    spelled = write_extended(base, [new_piece(base)], tmp_path)
+    write_model(read_model(base.folder / "tokenizer.model"), tmp_path / "tokenizer.model")
+    with pytest.raises(DataError, match=r"has other ids by tokenizer\.model"):
+        check_extension(base, read_tokenizer(tmp_path), spelled, [f"\n{spelled[0]}"])
+
+
+def test_figures_count_tokens_of_the_sample(base, tmp_path):
+    spelled = write_extended(base, [new_piece(base)], tmp_path)
+    figures = check_extension(base, read_tokenizer(tmp_path), spelled, [f"\n{spelled[0]}", "e"])
+    size = len(spelled[0]) + 2
+    assert figures["checked_texts"] == 2
+    # SentencePiece puts a space in front of both texts, here a token of its own.
+    tokens = {"byte_level": 3, "sentencepiece": 5}[base.kind]
+    assert figures["tokens_per_byte"] == pytest.approx(tokens / size)
+    assert figures["base_tokens_per_byte"] == pytest.approx((tokens + 1) / size)
+    assert figures["checked_against_model"] == (2 if base.kind == "sentencepiece" else 0)
+
+
+def test_letters_of_a_byte_level_piece_are_spelled(bases, tmp_path):
+    assert write_extended(bases["byte_level"], [b" in\xd0"], tmp_path) == [to_letters(b" in\xd0")]
