@@ -11,6 +11,7 @@ run that was killed continues, and a changed setting repeats what depends on it.
 """
 
 import logging
+import os
 import shlex
 import subprocess
 import sys
@@ -232,10 +233,18 @@ def run_commands(commands: list[Command], recipe: Recipe, tools: Path) -> None:
             )
         argv = _make_argv(command, recipe, tools)
         _logger.info("%s: %s", title, shlex.join(argv))
-        code = subprocess.run(argv, check=False).returncode
+        code = subprocess.run(argv, check=False, env=_make_environment(command, recipe)).returncode
         if code:
             _logger.error("%s: failed with exit code %d; the lines above say why", title, code)
             raise SystemExit(code)
+
+
+def _make_environment(command: Command, recipe: Recipe) -> dict[str, str]:
+    """Share the cores between the ranks of a training stage; other tools take them all."""
+    if not command.stage:
+        return dict(os.environ)
+    threads = max(1, (os.cpu_count() or 1) // recipe.train.nproc_per_node)
+    return {"OMP_NUM_THREADS": str(threads), **os.environ}
 
 
 def _make_argv(command: Command, recipe: Recipe, tools: Path) -> list[str]:

@@ -121,11 +121,12 @@ def _build_dataclass(kind: Any, value: Any, where: str, key: str) -> Any:
             near = difflib.get_close_matches(name, hints, n=1)
             advice = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(hints)}"
             raise ConfigError(f"{where}: {prefix}{name}: unknown setting; {advice}")
+    # A misspelt name deeper down explains a missing one better than the other way round.
+    built = {name: _build(hints[name], item, where, f"{prefix}{name}") for name, item in value.items()}
     for item in fields(kind):
         required = item.default is MISSING and item.default_factory is MISSING
         if required and item.name not in value:
             raise ConfigError(f"{where}: {prefix}{item.name}: missing; add it to the recipe")
-    built = {name: _build(hints[name], item, where, f"{prefix}{name}") for name, item in value.items()}
     try:
         return kind(**built)
     except ConfigError as error:

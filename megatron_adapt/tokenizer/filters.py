@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import regex  # type: ignore[import-untyped]  # a dependency of transformers
+import regex
 
 from megatron_adapt.errors import ConfigError
 

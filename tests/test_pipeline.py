@@ -1,0 +1,98 @@
+"""The whole pipeline on a tiny recipe: it ends with a model that transformers loads, and repeats nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_adapt.checkpoint.hf import HFFolder
+from megatron_adapt.errors import CheckpointError
+from megatron_adapt.flags import load_recipe
+from megatron_adapt.pipeline import Command, plan_adaptation, run_commands
+from megatron_adapt.run_folder import RunFolder
+from tests.helpers.runs import make_run, train_stage
+
+ROOT = Path(__file__).parents[1]
+SMALLER = (
+    "--base.vocab-size 400 --base.hidden-size 32 --base.ffn-hidden-size 64 --base.num-layers 2 --tokenizer.size 100 "
+    "--base-train.tokens 20000 --train.stages.0.tokens 10000 --train.stages.1.tokens 20000 --train.seq-length 64 "
+    "--train.micro-batch-size 4 --train.global-batch-size 8 --train.eval-windows 8 --evaluate.max-bytes 5000"
+).split()
+
+
+def adapt(work_dir, raw, *flags):
+    command = [
+        sys.executable, "tools/adapt.py", "--recipe", "examples/quickstart/recipe.toml", "--work-dir", str(work_dir),
+        "--corpus.en", f"{raw}/en.jsonl", "--corpus.qx", f"{raw}/qx.jsonl", *SMALLER, *flags,
+    ]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.mark.slow
+def test_quickstart_recipe_adapts_a_model_and_a_second_call_repeats_nothing(tmp_path):
+    make_corpus = [sys.executable, "examples/quickstart/make_corpus.py", "--documents", "600"]
+    subprocess.run([*make_corpus, "--output", str(tmp_path / "raw")], cwd=ROOT, check=True)
+    result = adapt(tmp_path / "run", tmp_path / "raw")
+    assert result.returncode == 0, result.stderr[-5000:]
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert list(evaluation) == ["base", "resized", "embeddings", "full"]
+    assert evaluation["full"]["qx"]["bits_per_byte"] < 0.9 * evaluation["resized"]["qx"]["bits_per_byte"]
+    assert "| full" in (tmp_path / "run" / "report.md").read_text()
+    _check_export(tmp_path / "run")
+    again = adapt(tmp_path / "run", tmp_path / "raw")
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("finished before") == 21
+    # A setting that only the last stage reads repeats that stage and what follows, once its folder is gone.
+    refused = adapt(tmp_path / "run", tmp_path / "raw", "--train.stages.1.lr", "5e-4")
+    assert refused.returncode == 2
+    assert "remove the folder to train it again" in refused.stderr
+
+
+def _check_export(run):
+    export = run / "export" / "full"
+    model = AutoModelForCausalLM.from_pretrained(export)
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) == 500
+    resized, trained = HFFolder(run / "resized"), HFFolder(export)
+    assert set(resized.names) == set(trained.names)
+    assert not torch.equal(resized.read("lm_head.weight"), trained.read("lm_head.weight"))
+
+
+def load(recipe, *flags):
+    return load_recipe(["--recipe", str(recipe), *flags])[0]
+
+
+def test_commands_follow_the_pipeline(tmp_path):
+    recipe = load(make_run(tmp_path))
+    commands = list(plan_adaptation(recipe, RunFolder(recipe.work_dir), recipe.base_model))
+    assert [command.tool for command in commands] == [
+        "build_tokenizer", "resize_vocab", "convert_checkpoint", *["preprocess_data"] * 4,
+        "pretrain", "convert_checkpoint", "pretrain", "convert_checkpoint",
+    ]  # fmt: skip
+
+
+def test_finished_stage_under_other_settings_is_not_thrown_away(tmp_path):
+    path = make_run(tmp_path)
+    train_stage(path, "first")
+    recipe = load(path, "--train.stages.0.lr", "5e-3")
+    commands = [item for item in plan_adaptation(recipe, RunFolder(recipe.work_dir), recipe.base_model) if item.stage]
+    with pytest.raises(CheckpointError, match="remove the folder to train it again"):
+        run_commands(commands[:1], recipe, ROOT / "tools")
+    same = load(path, "--train.log-interval", "7", "--train.nproc-per-node", "2")
+    commands = [item for item in plan_adaptation(same, RunFolder(same.work_dir), same.base_model) if item.stage]
+    assert commands[0].is_finished()
+
+
+def test_failing_command_ends_the_run_with_its_exit_code(tmp_path):
+    recipe = load(make_run(tmp_path))
+    (tmp_path / "broken.py").write_text("raise SystemExit(7)")
+    command = Command("broken", recipe.evaluate, tmp_path / "stage.json")
+    with pytest.raises(SystemExit) as stopped:
+        run_commands([command], recipe, tmp_path)
+    assert stopped.value.code == 7
