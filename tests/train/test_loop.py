@@ -26,7 +26,7 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"])
 def reference(request, tmp_path_factory):
     """A run on one rank: its recipe and its metrics."""
     folder = tmp_path_factory.mktemp("reference")
@@ -84,9 +84,12 @@ RESUMES = {
     "bf16-tp2-sp": (2, ["--train.bf16", *LAYOUTS["tp2-sp"][1]]),
     "fp32-pp2": (2, LAYOUTS["pp2"][1]),
 }
+QUICK = ("fp32", "bf16-tp2-sp")
 
 
-@pytest.mark.parametrize("case", RESUMES)
+@pytest.mark.parametrize(
+    "case", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RESUMES]
+)
 def test_resumed_run_equals_an_undisturbed_one(case, tmp_path):
     world_size, flags = RESUMES[case]
     straight = make_run(tmp_path / "straight")
