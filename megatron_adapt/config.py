@@ -80,6 +80,11 @@ class BaseSettings:
     seed: int = 1
     "Seed of the random weights."
 
+    def __post_init__(self) -> None:
+        sizes = "vocab_size num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups"
+        for name in (*sizes.split(), "max_position_embeddings"):
+            _require(getattr(self, name) >= 1, f"base.{name}: {getattr(self, name)} is below 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CreateBase:
@@ -188,6 +193,8 @@ class CheckpointSettings:
     "Megatron checkpoints pad the vocabulary to a multiple of this, so that they load at any TP up to 8."
     dtype: Literal["keep", "float32", "bfloat16"] = "keep"
     "Type of the weights in the output; keep takes that of the source."
+    verify_logits_parameters: int = 2_000_000_000
+    "Largest model whose logits --verify compares too: it holds two fp32 copies; larger ones by their tensors alone."
 
     def __post_init__(self) -> None:
         _require(
@@ -266,7 +273,7 @@ class StageSettings:
     lr: float = 1e-4
     "Peak learning rate."
     min_lr: float = 0.0
-    "Learning rate at the end of the cosine."
+    "Learning rate of the last step, where the cosine ends."
     lr_warmup_fraction: float = 0.01
     "Share of the stage's steps over which the learning rate rises linearly."
 
@@ -274,7 +281,7 @@ class StageSettings:
         where = f"train.stages {self.name}"
         _require(self.tokens > 0, f"{where}: tokens {self.tokens} is not positive")
         _require(bool(self.blend), f"{where}: blend is empty; name at least one language and its share")
-        _require(re.fullmatch(r"[\w.-]+", self.name) is not None, f"{where}: the name must be a plain word")
+        _require(re.fullmatch(r"\w[\w.-]*", self.name) is not None, f"{where}: the name must be a plain word")
         for language, share in self.blend.items():
             _require(share > 0, f"{where}: blend.{language} {share} is not positive; leave the language out")
         _require(
@@ -341,6 +348,7 @@ class TrainSettings:
         )
         for name in positive.split():
             _require(getattr(self, name) >= 1, f"train.{name}: {getattr(self, name)} is below 1")
+        _require(self.stop_after_steps >= 0, f"train.stop_after_steps: {self.stop_after_steps} is below 0")
         names = [stage.name for stage in self.stages]
         _require(len(set(names)) == len(names), f"train.stages: a name occurs twice in {names}; rename one")
 

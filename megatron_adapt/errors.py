@@ -9,7 +9,7 @@ class AdaptError(Exception):
     """Base of all errors whose message is meant for the user."""
 
 
-class ConfigError(AdaptError, ValueError):
+class ConfigError(AdaptError):
     """A recipe, a flag or a combination of settings is wrong."""
 
 

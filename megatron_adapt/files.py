@@ -44,10 +44,15 @@ def replace_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``path`` if the block ends without an exception.
 
     Raises:
-        ConfigError: ``path`` exists, is not empty, and ``overwrite`` is off.
+        ConfigError: ``path`` is there and not empty, and ``overwrite`` is off or no stage wrote it.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not overwrite:
-        raise ConfigError(f"{path}: exists already; name another output or add --overwrite")
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path}: is a file; name another output")
+    if path.exists() and any(path.iterdir()):
+        if not overwrite:
+            raise ConfigError(f"{path}: exists already; name another output or add --overwrite")
+        if not (path / STAGE_FILE).is_file():
+            raise ConfigError(f"{path}: holds no {STAGE_FILE}, so no stage wrote it; name another output or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -156,7 +161,7 @@ def is_finished(path: Path, *, config: Any) -> bool:
     if not path.is_file():
         return False
     record = read_json(path)
-    if record["config"] != to_plain(config):
+    if not isinstance(record, Mapping) or record.get("config") != to_plain(config):
         return False
     return all(Path(item).exists() and fingerprint(Path(item)) == known for item, known in record["inputs"].items())
 

@@ -67,17 +67,13 @@ def load_recipe(argv: Sequence[str] | None = None, *, stage: bool = False) -> tu
             raise ConfigError("--stage: missing; name a stage of the recipe")
         default = read_recipe(Path(path)) if path else None
         described = f"{Recipe.__doc__} Flags: --recipe FILE" + (" --stage NAME" if stage else "")
-        parse = tyro.cli if default is None else _with_default(default)
-        return parse(Recipe, args=args, description=described + ", then any setting below."), name or ""
+        config = (tyro.conf.AvoidSubcommands,)  # or an optional table would be no flags but a subcommand
+        description = described + ", then any setting below."
+        if default is None:
+            return tyro.cli(Recipe, args=args, description=description, config=config), name or ""
+        return tyro.cli(Recipe, default=default, args=args, description=description, config=config), name or ""
     except AdaptError as error:
         _exit(error)
-
-
-def _with_default(default: Recipe) -> Callable[..., Recipe]:
-    def parse(kind: type[Recipe], *, args: Sequence[str], description: str) -> Recipe:
-        return tyro.cli(kind, default=default, args=args, description=description)
-
-    return parse
 
 
 def _take_flag(args: list[str], flag: str) -> tuple[str | None, list[str]]:
@@ -132,7 +128,9 @@ def run_tool(entry: Callable[..., object], *args: object) -> None:
 
 
 def _exit(error: AdaptError) -> typing.NoReturn:
-    if is_main_rank():
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    # One line per machine: a mistake may be one machine's alone, such as a folder it does not see.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        rank = "" if is_main_rank() else f"rank {os.environ['RANK']}: "
+        sys.stderr.write(f"error: {rank}{' '.join(str(error).split())}\n")
     logging.shutdown()
     raise SystemExit(USER_ERROR) from None

@@ -33,13 +33,15 @@ from megatron_adapt.config import (
     ResizeVocab,
     StageSettings,
 )
+from megatron_adapt.data.index import bin_path, idx_path
+from megatron_adapt.data.record import record_path
 from megatron_adapt.errors import CheckpointError, ConfigError
 from megatron_adapt.evaluate.report import show_table, write_report
 from megatron_adapt.files import STAGE_FILE, is_finished, read_json, require_file, write_json
 from megatron_adapt.flags import to_flags
 from megatron_adapt.recipe import Recipe
 from megatron_adapt.run_folder import RunFolder, describe_training
-from megatron_adapt.shape import LlamaShape, check_layout
+from megatron_adapt.shape import LlamaShape, check_launch, check_layout, pad_vocab_size
 
 _logger = logging.getLogger(__name__)
 
@@ -56,10 +58,12 @@ class Command:
     "stage.json that the tool writes when it is finished."
     stage: str = ""
     "Name of the training stage."
+    outputs: tuple[Path, ...] = ()
+    "Files beside the record that the tool writes; a folder stands and falls with its record."
 
     def is_finished(self) -> bool:
         """Tell whether the output is there, made by this config from the inputs as they are now."""
-        return is_finished(self.record, config=self.config)
+        return all(item.is_file() for item in self.outputs) and is_finished(self.record, config=self.config)
 
 
 def adapt(recipe: Recipe, tools: Path) -> None:
@@ -97,13 +101,30 @@ def check_recipe(recipe: Recipe) -> None:
             raise ConfigError(f"corpus.{language}: names no file; add --corpus.{language} FILE")
         for file in files:
             require_file(Path(file), f"corpus.{language}")
+    tables = [recipe.base, recipe.base_train]
+    if tables.count(None) != (0 if recipe.base_model is None else 2):
+        raise ConfigError("base_model: give either base_model or both tables [base] and [base_train]")
     train = recipe.train
+    shape = _shape_of_base(_get_base(recipe)[0]) if recipe.base_model is None else read_hf_shape(recipe.base_model)
+    if recipe.evaluate.seq_length > shape.max_position_embeddings:
+        raise ConfigError(
+            f"evaluate.seq_length: {recipe.evaluate.seq_length} exceeds the model's {shape.max_position_embeddings} "
+            f"positions; use at most {shape.max_position_embeddings}"
+        )
     check_layout(
-        read_hf_shape(recipe.base_model) if recipe.base_model is not None else _shape_of_base(_get_base(recipe)[0]),
+        shape,
         tensor_model_parallel_size=train.tensor_model_parallel_size,
         pipeline_model_parallel_size=train.pipeline_model_parallel_size,
         sequence_parallel=train.sequence_parallel,
         seq_length=train.seq_length,
+        padded_vocab_size=pad_vocab_size(shape.vocab_size, recipe.checkpoint.vocab_pad_multiple),
+    )
+    check_launch(
+        num_ranks=train.nproc_per_node,
+        tensor_model_parallel_size=train.tensor_model_parallel_size,
+        pipeline_model_parallel_size=train.pipeline_model_parallel_size,
+        micro_batch_size=train.micro_batch_size,
+        global_batch_size=train.global_batch_size,
     )
 
 
@@ -182,11 +203,11 @@ def plan_results(recipe: Recipe, run: RunFolder, base_model: Path) -> Iterator[C
     models = (f"base={base_model}", f"resized={run.resized}", *stages)
     scores = run.root / "evaluation.json"
     evaluate = Evaluate(models=models, corpora=corpora, json=scores, settings=recipe.evaluate)
-    yield Command("evaluate", evaluate, scores.with_name(f"evaluation.{STAGE_FILE}"))
+    yield Command("evaluate", evaluate, scores.with_name(f"evaluation.{STAGE_FILE}"), outputs=(scores,))
     figures = run.root / "tokenizers.json"
     tokenizers = (f"base={base_model}", f"adapted={run.tokenizer}")
     measure = MeasureTokenizer(tokenizers=tokenizers, corpora=corpora, json=figures)
-    yield Command("measure_tokenizer", measure, figures.with_name(f"tokenizers.{STAGE_FILE}"))
+    yield Command("measure_tokenizer", measure, figures.with_name(f"tokenizers.{STAGE_FILE}"), outputs=(figures,))
 
 
 def _convert(recipe: Recipe, source: Path, to: Any, output: Path) -> Command:
@@ -206,7 +227,7 @@ def _tokenise(recipe: Recipe, run: RunFolder, target: RunFolder, language: str, 
             overwrite=True,
             settings=recipe.data,
         )
-        yield Command("preprocess_data", config, prefix.with_name(f"{prefix.name}.{STAGE_FILE}"))
+        yield Command("preprocess_data", config, record_path(prefix), outputs=(bin_path(prefix), idx_path(prefix)))
 
 
 def _train(recipe: Recipe, run: RunFolder, stage: StageSettings) -> Command:
@@ -237,6 +258,9 @@ def run_commands(commands: list[Command], recipe: Recipe, tools: Path) -> None:
         if code:
             _logger.error("%s: failed with exit code %d; the lines above say why", title, code)
             raise SystemExit(code)
+        if not command.record.is_file():
+            _logger.info("%s: stopped before its end, as asked; the same call continues", title)
+            raise SystemExit(0)
 
 
 def _make_environment(command: Command, recipe: Recipe) -> dict[str, str]:

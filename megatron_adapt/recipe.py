@@ -61,9 +61,12 @@ class Recipe:
                 raise ConfigError(
                     f"train.stages {stage.name}: blend.{language} is not among old_languages and new_languages"
                 )
-        scratch = self.base is not None and self.base_train is not None
-        if (self.base_model is None) != scratch:
-            raise ConfigError("base_model: give either base_model or both tables [base] and [base_train]")
+        for language in sorted(set(self.old_languages) & set(self.new_languages)):
+            raise ConfigError(f"new_languages: {language!r} is among old_languages too; keep it in one")
+        for stage in self.train.stages:
+            taken = ("base", "resized", *([self.base_train.name] if self.base_train else []))
+            if stage.name in taken:
+                raise ConfigError(f"train.stages {stage.name}: the name is taken by another model; rename the stage")
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -79,7 +82,7 @@ def read_recipe(path: Path) -> Recipe:
     else:
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: no valid TOML ({error}); correct the line") from None
     return typing.cast(Recipe, _build(Recipe, table, str(path), ""))
 

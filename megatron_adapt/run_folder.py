@@ -77,7 +77,11 @@ class StagePlace:
     "Place among the stages; a base made from scratch is stage 0."
 
 
-_WITHOUT_EFFECT = "stages nproc_per_node log_interval save_interval eval_interval eval_windows stop_after_steps".split()
+# Settings of the launch, not of the result; the layout changes a loss in its last digits only.
+_WITHOUT_EFFECT = (
+    "stages nproc_per_node tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel micro_batch_size "
+    "use_distributed_optimizer log_interval save_interval eval_interval eval_windows stop_after_steps"
+).split()
 
 
 def describe_training(stage: StageSettings, train: TrainSettings) -> dict[str, Any]:

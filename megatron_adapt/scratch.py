@@ -17,7 +17,7 @@ from megatron_adapt.files import STAGE_FILE, replace_folder, require_file, write
 from megatron_adapt.tokenizer.learn import learn_base_tokenizer
 from megatron_adapt.tokenizer.pieces import LoadedTokenizer, read_tokenizer
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 def create_base(config: CreateBase) -> None:
@@ -39,7 +39,7 @@ def create_base(config: CreateBase) -> None:
         model.save_pretrained(folder)
         counts = {"vocab_size": tokenizer.vocab_size, "parameters": model.num_parameters()}
         write_stage(folder / STAGE_FILE, config=config, inputs=config.corpus, counts=counts)
-    logger.info(
+    _logger.info(
         "%s: %s pieces, %.2f million parameters, random weights of seed %d",
         config.output,
         f"{tokenizer.vocab_size:,}",

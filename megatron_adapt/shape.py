@@ -128,6 +128,10 @@ def _read_rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScalin
         return float(theta), None
     if kind != "llama3":
         raise ConfigError(f"{where}: rope scaling of type {kind!r} is not supported; use 'default' or 'llama3'")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ConfigError(f"{where}: llama3 rope scaling without {', '.join(missing)}; take the config from the model")
     return float(theta), RopeScaling(
         factor=float(values["factor"]),
         low_freq_factor=float(values["low_freq_factor"]),
@@ -143,6 +147,7 @@ def check_layout(
     pipeline_model_parallel_size: int,
     sequence_parallel: bool,
     seq_length: int,
+    padded_vocab_size: int,
 ) -> None:
     """Refuse a parallel layout that does not fit the model, naming the sizes that do.
 
@@ -150,11 +155,12 @@ def check_layout(
         ConfigError: a size does not divide what it has to divide.
     """
     tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
-    fits = [n for n in (1, 2, 4, 8) if not shape.num_query_groups % n and not shape.ffn_hidden_size % n]
+    split = (shape.num_query_groups, shape.ffn_hidden_size, padded_vocab_size)
+    fits = [n for n in (1, 2, 4, 8) if not any(size % n for size in split)]
     if tp not in fits:
         raise ConfigError(
-            f"train.tensor_model_parallel_size: {tp} does not divide the model's {shape.num_query_groups} "
-            f"key-value heads and {shape.ffn_hidden_size} feed-forward columns; use {_either(fits)}"
+            f"train.tensor_model_parallel_size: {tp} does not fit the model's {split[0]} key-value heads, {split[1]} "
+            f"feed-forward columns and {split[2]} vocabulary rows; use {_either(fits)}"
         )
     if shape.num_layers % pp:
         fits = [n for n in range(1, shape.num_layers + 1) if not shape.num_layers % n]
@@ -172,6 +178,33 @@ def check_layout(
         raise ConfigError(
             f"train.seq_length: {seq_length} exceeds the model's {shape.max_position_embeddings} positions; "
             f"use at most {shape.max_position_embeddings}"
+        )
+
+
+def check_launch(
+    *,
+    num_ranks: int,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    micro_batch_size: int,
+    global_batch_size: int,
+) -> None:
+    """Refuse a number of ranks that does not fit the layout, or a batch that does not fit the ranks.
+
+    Raises:
+        ConfigError: with the numbers that would fit.
+    """
+    model_ranks = tensor_model_parallel_size * pipeline_model_parallel_size
+    if num_ranks % model_ranks:
+        raise ConfigError(
+            f"launch: {num_ranks} ranks cannot hold tensor_model_parallel_size {tensor_model_parallel_size} x "
+            f"pipeline_model_parallel_size {pipeline_model_parallel_size}; start a multiple of {model_ranks} ranks"
+        )
+    copies = num_ranks // model_ranks
+    if global_batch_size % (copies * micro_batch_size):
+        raise ConfigError(
+            f"train.global_batch_size: {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
+            f"{copies} data-parallel ranks; use a multiple of {copies * micro_batch_size}"
         )
 
 

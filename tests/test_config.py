@@ -78,12 +78,14 @@ def test_a_size_is_a_number_or_a_percentage(size):
             lambda: make_recipe(train=TrainSettings(stages=(make_stage(blend={"de": 1.0}),))),
             r"train\.stages warm: blend\.de is not among old_languages and new_languages",
         ),
-        (lambda: make_recipe(base_model=None), r"base_model: give either base_model or both tables \[base\]"),
+        (lambda: make_recipe(new_languages=("en", "ja")), r"new_languages: 'en' is among old_languages too; keep it"),
         (
-            lambda: make_recipe(base=BaseSettings(), base_train=make_stage()),
-            r"base_model: give either base_model or both tables \[base\]",
+            lambda: make_recipe(train=TrainSettings(stages=(make_stage(name="resized"),))),
+            r"train\.stages resized: the name is taken by another model; rename the stage",
         ),
-        (lambda: make_recipe(base_model=None, base=BaseSettings()), r"base_model: give either base_model or both"),
+        (lambda: make_stage(name=".."), r"train\.stages \.\.: the name must be a plain word"),
+        (lambda: BaseSettings(num_attention_heads=0), r"base\.num_attention_heads: 0 is below 1"),
+        (lambda: TrainSettings(stop_after_steps=-1), r"train\.stop_after_steps: -1 is below 0"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_setting(make, message):

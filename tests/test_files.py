@@ -85,6 +85,13 @@ def test_an_existing_output_is_kept_unless_told_otherwise(tmp_path):
     ):
         pass
     assert (path / "precious.txt").exists()
+    with (
+        pytest.raises(ConfigError, match=r"out: holds no stage\.json, so no stage wrote it; name another output"),
+        replace_folder(path, overwrite=True),
+    ):
+        pass
+    assert (path / "precious.txt").exists()
+    (path / "stage.json").write_text("{}")
     with replace_folder(path, overwrite=True) as partial:
         (partial / "new.txt").write_text("2")
     assert [item.name for item in path.iterdir()] == ["new.txt"]
@@ -93,7 +100,7 @@ def test_an_existing_output_is_kept_unless_told_otherwise(tmp_path):
 def test_a_file_in_the_place_of_the_output_folder_is_refused(tmp_path):
     path = tmp_path / "out"
     path.write_text("a file")
-    with pytest.raises(ConfigError, match=r"out: exists already"), replace_folder(path):
+    with pytest.raises(ConfigError, match=r"out: is a file; name another"), replace_folder(path):
         pass
 
 

@@ -226,8 +226,9 @@ def test_our_own_mistakes_keep_their_traceback():
         run_tool(lambda: 1 // 0)
 
 
-def test_only_rank_zero_prints_the_line(capsys, monkeypatch):
+def test_one_rank_of_a_machine_prints_the_line(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
 
     def fail():
         raise DataError("where: what; remedy")
@@ -236,3 +237,19 @@ def test_only_rank_zero_prints_the_line(capsys, monkeypatch):
         run_tool(fail)
     assert caught.value.code == 2
     assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(SystemExit):
+        run_tool(fail)
+    assert capsys.readouterr().err == "error: rank 8: where: what; remedy\n"
+
+
+def test_optional_tables_of_a_recipe_have_flags(tmp_path):
+    text = RECIPE.replace("base_model", "# base_model") + (
+        '\n[base]\nvocab_size = 900\n[base_train]\nname = "scratch"\ntokens = 5\nblend = { en = 1 }\n'
+    )
+    flags = ["--base.vocab-size", "400", "--base-train.tokens", "77"]
+    recipe, _ = load_recipe(["--recipe", str(write_recipe(tmp_path, text)), *flags])
+    assert recipe.base is not None
+    assert recipe.base_train is not None
+    assert (recipe.base.vocab_size, recipe.base_train.tokens) == (400, 77)

@@ -83,7 +83,7 @@ def test_tensor_parallel_size_that_does_not_divide_the_heads_is_refused(tmp_path
     result = call(
         "pretrain", "--recipe", recipe, "--stage", "first", "--train.tensor-model-parallel-size", "4"
     )  # fmt: skip
-    assert_refused(result, "train.tensor_model_parallel_size: 4 does not divide the model's 2 key-value heads")
+    assert_refused(result, "train.tensor_model_parallel_size: 4 does not fit the model's 2 key-value heads")
     files = ["--corpus.en", tmp_path / "raw" / "en-train.jsonl", "--corpus.xx", tmp_path / "raw" / "xx-train.jsonl"]
     result = call("adapt", "--recipe", recipe, *files, "--train.tensor-model-parallel-size", "4")
     assert_refused(result, "use 1 or 2")

@@ -5,6 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python}
 if [ ! -f runs/quickstart/raw/qx.jsonl ]; then
-    "$PYTHON" examples/quickstart/make_corpus.py --output runs/quickstart/raw
+    rm -rf runs/quickstart/raw.partial
+    "$PYTHON" examples/quickstart/make_corpus.py --output runs/quickstart/raw.partial
+    mv runs/quickstart/raw.partial runs/quickstart/raw
 fi
 "$PYTHON" tools/adapt.py --recipe examples/quickstart/recipe.toml "$@"

@@ -16,7 +16,7 @@ from megatron_adapt.errors import CheckpointError
 from megatron_adapt.files import write_json
 from megatron_adapt.tokenizer.pieces import LoadedTokenizer, copy_tokenizer, read_tokenizer
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 GENERATION_FILE = "generation_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -48,7 +48,7 @@ def check_import_vocab(tokenizer: LoadedTokenizer | None, vocab_size: int, where
         CheckpointError: the tokenizer is larger than the matrices.
     """
     if tokenizer is None:
-        _log.warning("%s: no tokenizer, so its %d vocabulary rows are taken unchecked", where, vocab_size)
+        _logger.warning("%s: no tokenizer, so its %d vocabulary rows are taken unchecked", where, vocab_size)
     elif tokenizer.vocab_size > vocab_size:
         raise CheckpointError(
             f"{where}: its tokenizer {tokenizer.folder} has {tokenizer.vocab_size} tokens, the model only {vocab_size} "
@@ -56,7 +56,7 @@ def check_import_vocab(tokenizer: LoadedTokenizer | None, vocab_size: int, where
         )
     elif tokenizer.vocab_size < vocab_size:
         spare = vocab_size - tokenizer.vocab_size
-        _log.info("%s: %d rows beyond the %d tokens are kept", where, spare, tokenizer.vocab_size)
+        _logger.info("%s: %d rows beyond the %d tokens are kept", where, spare, tokenizer.vocab_size)
 
 
 def check_export_vocab(tokenizer: LoadedTokenizer | None, description: Description, where: Path) -> None:

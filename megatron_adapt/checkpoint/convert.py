@@ -18,7 +18,6 @@ import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -62,7 +61,7 @@ from megatron_adapt.files import STAGE_FILE, replace_folder, write_stage
 from megatron_adapt.logs import Advance, show_progress
 from megatron_adapt.shape import LlamaShape, pad_vocab_size, read_shape
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 _CHECKPOINT_VERSION = 3.0
 "Tells Megatron-LM how query, key and value rows are ordered; see ``merge_qkv``."
 
@@ -108,7 +107,7 @@ def _convert_to_megatron(config: ConvertCheckpoint) -> None:
         )
         write_latest(partial, None)
         if config.verify:
-            _verify(config.source, release, output="megatron")
+            _verify(config, config.source, release)
         _write_record(partial, config, description)
 
 
@@ -133,7 +132,7 @@ def _convert_to_hf(config: ConvertCheckpoint) -> None:
         write_companions(partial, config=hf_config, source=companions, tokenizer=tokenizer)
         write_card(partial, config.output.name, description)
         if config.verify:
-            _verify(partial, source_folder, output="hf")
+            _verify(config, partial, source_folder)
         _write_record(partial, config, description)
 
 
@@ -258,11 +257,16 @@ def _parse_dtype(name: str) -> torch.dtype | None:
     return None if name == "keep" else torch_dtype(name)
 
 
-def _verify(hf_folder: Path, megatron_folder: Path, output: Literal["megatron", "hf"]) -> None:
+def _verify(config: ConvertCheckpoint, hf_folder: Path, megatron_folder: Path) -> None:
     # Only here are the engine and transformers needed; without them a conversion starts at once and stays small.
     from megatron_adapt.checkpoint.verify import verify_conversion
 
-    verify_conversion(hf_folder, megatron_folder, output=output)
+    verify_conversion(
+        hf_folder,
+        megatron_folder,
+        output=config.to,
+        logits=read_hf_shape(hf_folder).num_parameters <= config.settings.verify_logits_parameters,
+    )
 
 
 def _write_record(target: Path, config: ConvertCheckpoint, description: Description) -> None:
@@ -274,7 +278,7 @@ def _write_record(target: Path, config: ConvertCheckpoint, description: Descript
     }
     inputs = [config.source] if config.tokenizer is None else [config.source, config.tokenizer]
     write_stage(target / STAGE_FILE, config=config, inputs=inputs, counts=counts)
-    _log.info("%s: %s checkpoint of %s parameters", config.output, config.to, f"{counts['parameters']:,}")
+    _logger.info("%s: %s checkpoint of %s parameters", config.output, config.to, f"{counts['parameters']:,}")
 
 
 def _show_bytes(specs: Mapping[str, TensorSpec]) -> AbstractContextManager[Advance]:

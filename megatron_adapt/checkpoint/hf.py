@@ -55,7 +55,7 @@ class _Entry(NamedTuple):
 
 
 def is_hf_folder(folder: Path) -> bool:
-    """Tell whether a folder looks like a Hugging Face model: it has a config and is no Megatron checkpoint."""
+    """Tell whether a folder looks like a Hugging Face model: it has a config."""
     return (folder / CONFIG_FILE).is_file()
 
 

@@ -20,7 +20,7 @@ DESCRIPTION_FILE = "adapt.json"
 RELEASE = "release"
 HF_FOLDER = "hf"
 METADATA_FILE = ".metadata"
-"Index of a ``torch_dist`` folder; it is written last, so a folder without it is incomplete."
+"Index of a ``torch_dist`` folder; a folder without it is incomplete."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ memory is a few blocks and the longest line, whatever the file's size.
 
 import gzip
 import io
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -89,7 +90,7 @@ def read_documents(paths: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]
             while True:
                 try:
                     line = lines.readline()
-                except (zstandard.ZstdError, EOFError, OSError) as error:
+                except (zstandard.ZstdError, zlib.error, EOFError, OSError) as error:
                     raise DataError(
                         f"{path}:{number + 1}: the compressed file is damaged ({error}); fetch it again"
                     ) from None

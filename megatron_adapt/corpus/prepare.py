@@ -30,7 +30,7 @@ from megatron_adapt.errors import DataError
 from megatron_adapt.files import STAGE_FILE, replace_folder, require_file, write_stage
 from megatron_adapt.logs import show_progress
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 TRAIN_FILE = "train-00000.jsonl.zst"
 VALID_FILE = "valid-00000.jsonl.zst"
@@ -62,7 +62,7 @@ def prepare_corpus(config: PrepareCorpus) -> None:
         _check_parts(state, config)
         counts = {"documents": state.documents, "bytes": state.bytes}
         write_stage(folder / STAGE_FILE, config=config, inputs=config.input, counts=counts)
-    logger.info(
+    _logger.info(
         "%s: %s training documents (%.1f MB), %s validation documents; dropped %s empty, %s duplicate, "
         "%s over max_bytes",
         config.output,

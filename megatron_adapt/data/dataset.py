@@ -142,7 +142,7 @@ class ValidationWindows:
             DataError: files are missing or damaged, or hold less than one window.
         """
         self.record = read_record(prefix)
-        "Counts of the source; ``bytes_per_token`` turns its loss into bits per byte."
+        "Counts of the source."
         self._file = read_tokens(prefix)
         self._seq_length = seq_length
         has = count_windows(self._file.num_tokens, seq_length)

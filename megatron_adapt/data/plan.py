@@ -28,7 +28,7 @@ from megatron_adapt.files import read_json, write_json
 from megatron_adapt.recipe import Recipe
 from megatron_adapt.run_folder import find_stage
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def make_plan(
     windows = round_shares([Fraction(repr(float(share))) for share in shares.values()], steps * global_batch_size)
     for source, count in zip(shares, windows, strict=True):
         if count == 0:
-            logger.warning(
+            _logger.warning(
                 "blend.%s: its share of %d windows is less than one, it is never read; raise the share or the tokens",
                 source,
                 sum(windows),

@@ -17,7 +17,6 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_adapt.engine import cpu
-from megatron_adapt.errors import EngineError
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -48,20 +47,10 @@ def start_engine(layout: Layout, seed: int) -> Iterator[None]:
     Args:
         layout: tensor and pipeline sizes.
         seed: seed of every random generator of the engine.
-
-    Raises:
-        EngineError: the number of ranks is no multiple of the ranks that one model needs.
     """
     cpu.install()
     _quieten_engine()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size % layout.model_parallel_size:
-        raise EngineError(
-            f"launch: {world_size} ranks cannot hold tensor_model_parallel_size {layout.tensor_model_parallel_size} x "
-            f"pipeline_model_parallel_size {layout.pipeline_model_parallel_size}; "
-            f"start a multiple of {layout.model_parallel_size} ranks"
-        )
-    _init_process_group(world_size)
+    _init_process_group()
     try:
         parallel_state.initialize_model_parallel(layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size)
         torch.manual_seed(seed)
@@ -72,15 +61,14 @@ def start_engine(layout: Layout, seed: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _init_process_group(world_size: int) -> None:
+def _init_process_group() -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if "MASTER_ADDR" in os.environ:
+    # Batch systems export MASTER_ADDR to every process; a rank only has who was launched as one.
+    if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=_TIMEOUT)
         return
-    if world_size > 1:
-        raise EngineError(f"launch: WORLD_SIZE is {world_size} but MASTER_ADDR is not set; start with torchrun")
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{_free_port()}", rank=0, world_size=1)
 
 

@@ -42,7 +42,7 @@ from megatron_adapt.flags import split_pairs
 from megatron_adapt.logs import Advance, show_progress
 from megatron_adapt.tokenizer.pieces import LoadedTokenizer, encode_texts, read_tokenizer
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 _GROUP_DOCUMENTS = 256
 _LOGITS_BYTES = 1 << 28

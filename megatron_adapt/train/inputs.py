@@ -4,6 +4,7 @@ Reads: the recipe, the description of the checkpoint to start from, token files.
 reported in seconds, not after the model was built on every rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from megatron_adapt.checkpoint.root import HF_FOLDER, Description, find_checkpoi
 from megatron_adapt.config import TrainSettings
 from megatron_adapt.data.dataset import BlendedWindows, ValidationWindows
 from megatron_adapt.data.plan import plan_stage
-from megatron_adapt.data.record import record_path
+from megatron_adapt.data.record import TokensRecord, record_path
 from megatron_adapt.errors import CheckpointError
+from megatron_adapt.files import STAGE_FILE
 from megatron_adapt.recipe import Recipe
 from megatron_adapt.run_folder import StagePlace, describe_training, find_stage
 from megatron_adapt.shape import check_layout
@@ -66,7 +68,14 @@ class StageInputs:
     @property
     def training(self) -> dict[str, Any]:
         """What must not change while the stage runs."""
-        return {"plan_hash": self.blend.plan.plan_hash, "data_fingerprints": self.blend.data_fingerprints}
+        return {
+            "plan_hash": self.blend.plan.plan_hash,
+            "data_fingerprints": self.blend.data_fingerprints,
+            "global_batch_size": self.settings.global_batch_size,
+            "trainable": self.place.settings.trainable,
+            "bf16": self.settings.bf16,
+            "use_distributed_optimizer": self.settings.use_distributed_optimizer,
+        }
 
 
 def open_inputs(recipe: Recipe, stage_name: str) -> StageInputs:
@@ -78,6 +87,8 @@ def open_inputs(recipe: Recipe, stage_name: str) -> StageInputs:
         DataError: a source is missing, empty or damaged.
     """
     place, settings = find_stage(recipe, stage_name), recipe.train
+    if place.number > 1 and not (place.initial / STAGE_FILE).is_file():
+        raise CheckpointError(f"{place.initial}: the stage before is not finished; train it to its end first")
     initial = find_checkpoint(place.initial)
     description = read_description(initial)
     check_layout(
@@ -86,13 +97,17 @@ def open_inputs(recipe: Recipe, stage_name: str) -> StageInputs:
         pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
         sequence_parallel=settings.sequence_parallel,
         seq_length=settings.seq_length,
+        padded_vocab_size=description.padded_vocab_size,
     )
     plan = plan_stage(recipe, stage_name)
     blend = BlendedWindows(plan, {source: place.run.tokens(source, "train") for source in plan.sources})
-    _check_tokenizer(blend, place, description)
+    for source, record in blend.records.items():
+        _check_tokenizer(place.run.tokens(source, "train"), record, place.initial, description)
     valid = {}
-    for language in plan.sources:
-        windows = ValidationWindows(place.run.tokens(language, "valid"), settings.eval_windows, settings.seq_length)
+    for language in _list_valid(recipe, place, plan.sources):
+        prefix = place.run.tokens(language, "valid")
+        windows = ValidationWindows(prefix, settings.eval_windows, settings.seq_length)
+        _check_tokenizer(prefix, windows.record, place.initial, description)
         valid[language] = windows.read_windows(0, len(windows))
     return StageInputs(
         place=place,
@@ -105,14 +120,21 @@ def open_inputs(recipe: Recipe, stage_name: str) -> StageInputs:
     )
 
 
-def _check_tokenizer(blend: BlendedWindows, place: StagePlace, description: Description) -> None:
-    record = blend.records[blend.plan.sources[0]]
+def _list_valid(recipe: Recipe, place: StagePlace, sources: Sequence[str]) -> list[str]:
+    """Name the languages to validate on: those of the blend, and every other that was tokenised for it.
+
+    A language that a stage leaves out is the one it may forget.
+    """
+    others = (language for language in (*recipe.old_languages, *recipe.new_languages) if language not in sources)
+    return [*sources, *(language for language in others if record_path(place.run.tokens(language, "valid")).is_file())]
+
+
+def _check_tokenizer(prefix: Path, record: TokensRecord, initial: Path, description: Description) -> None:
     if record.tokenizer_fingerprint != description.tokenizer_fingerprint:
         raise CheckpointError(
-            f"{place.run.tokens(blend.plan.sources[0], 'train')}: written by tokenizer {record.tokenizer_fingerprint} "
-            f"with {record.vocab_size} tokens, but the checkpoint {place.initial} is for tokenizer "
-            f"{description.tokenizer_fingerprint} with {description.true_vocab_size}; "
-            "run tools/preprocess_data.py with the tokenizer of the checkpoint"
+            f"{prefix}: written by tokenizer {record.tokenizer_fingerprint} with {record.vocab_size} tokens, but the "
+            f"checkpoint {initial} is for tokenizer {description.tokenizer_fingerprint} with "
+            f"{description.true_vocab_size}; run tools/preprocess_data.py with the tokenizer of the checkpoint"
         )
 
 

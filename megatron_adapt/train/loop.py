@@ -12,25 +12,26 @@ on the parallel layout beyond rounding; 6 steps equal 3 steps, a new launch and 
 """
 
 import logging
+import math
+import os
 import shutil
 import time
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_adapt.checkpoint.root import HF_FOLDER
 from megatron_adapt.checkpoint.weights import load_weights
-from megatron_adapt.config import TrainSettings
 from megatron_adapt.data.plan import write_plan
 from megatron_adapt.engine.llama import build_model
 from megatron_adapt.engine.parallel import Layout, get_device, start_engine
 from megatron_adapt.engine.trainable import freeze_rest
-from megatron_adapt.errors import CheckpointError, ConfigError
+from megatron_adapt.errors import CheckpointError, EngineError
 from megatron_adapt.files import STAGE_FILE, is_finished, write_stage
 from megatron_adapt.logs import MetricsWriter, is_main_rank
 from megatron_adapt.recipe import Recipe
+from megatron_adapt.shape import check_launch
 from megatron_adapt.train.inputs import StageInputs, open_inputs
 from megatron_adapt.train.optimizer import Trainer, build_trainer
 from megatron_adapt.train.state import load_state, save_state
@@ -62,8 +63,14 @@ def train(recipe: Recipe, stage_name: str) -> None:
         pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
         sequence_parallel=settings.sequence_parallel,
     )
+    check_launch(
+        num_ranks=int(os.environ.get("WORLD_SIZE", "1")),
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        micro_batch_size=settings.micro_batch_size,
+        global_batch_size=settings.global_batch_size,
+    )
     with start_engine(layout, settings.seed):
-        _check_batch(settings, dist.get_world_size() // layout.model_parallel_size)
         model = build_model(
             description.shape,
             padded_vocab_size=description.padded_vocab_size,
@@ -75,15 +82,6 @@ def train(recipe: Recipe, stage_name: str) -> None:
         _logger.info("stage %s: %s values of this rank learn", stage_name, f"{learning:,}")
         trainer = build_trainer(model, settings, inputs.place.settings, inputs.blend.plan.num_steps)
         run_stage(trainer, inputs)
-
-
-def _check_batch(settings: TrainSettings, data_parallel_size: int) -> None:
-    rows = data_parallel_size * settings.micro_batch_size
-    if settings.global_batch_size % rows:
-        raise ConfigError(
-            f"train.global_batch_size: {settings.global_batch_size} is not a multiple of micro_batch_size "
-            f"{settings.micro_batch_size} x {data_parallel_size} data-parallel ranks; use a multiple of {rows}"
-        )
 
 
 def run_stage(trainer: Trainer, inputs: StageInputs) -> None:
@@ -107,7 +105,8 @@ def run_stage(trainer: Trainer, inputs: StageInputs) -> None:
 def run_steps(trainer: Trainer, inputs: StageInputs, first: int, stop: int) -> None:
     """Do the optimizer steps after ``first`` up to ``stop``; log, validate and save on the way."""
     settings, batch, last = inputs.settings, inputs.settings.global_batch_size, inputs.blend.plan.num_steps
-    metrics = MetricsWriter(inputs.root / "metrics.jsonl", first) if is_main_rank() else None
+    # Step 0 is measured again when a run starts over.
+    metrics = MetricsWriter(inputs.root / "metrics.jsonl", first or -1) if is_main_rank() else None
     description = replace(inputs.description, dtype="bfloat16" if settings.bf16 else "float32")
     if first == 0:
         _report(metrics, {"step": 0, "valid_bits_per_byte": validate(trainer, inputs)}, last)
@@ -115,6 +114,7 @@ def run_steps(trainer: Trainer, inputs: StageInputs, first: int, stop: int) -> N
     for step in range(first + 1, stop + 1):
         windows, _ = inputs.blend.read_windows((step - 1) * batch, batch)
         report = train_step(trainer, windows, settings.micro_batch_size)
+        _check_finite(report, step)
         validates = step % settings.eval_interval == 0 or step == last
         if step % settings.log_interval == 0 or validates or step == stop:
             rate = (step - clock_step) * batch * settings.seq_length / (time.perf_counter() - clock)
@@ -125,6 +125,15 @@ def run_steps(trainer: Trainer, inputs: StageInputs, first: int, stop: int) -> N
             clock, clock_step = time.perf_counter(), step
         if step % settings.save_interval == 0 or step == stop:
             save_state(inputs.root, trainer, replace(description, step=step), inputs.training)
+
+
+def _check_finite(report: StepReport, step: int) -> None:
+    """Stop before a diverged model is saved over nothing wrong."""
+    if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
+        raise EngineError(
+            f"step {step}: loss {report.loss}, norm of the gradient {report.grad_norm}; the run diverged at learning "
+            f"rate {report.learning_rate:g}; lower it, and start again to continue from the last checkpoint"
+        )
 
 
 def validate(trainer: Trainer, inputs: StageInputs) -> dict[str, float]:
@@ -149,7 +158,6 @@ def _make_row(inputs: StageInputs, step: int, report: StepReport, *, tokens_per_
         "loss": report.loss,
         "grad_norm": report.grad_norm,
         "learning_rate": report.learning_rate,
-        "skipped": report.skipped,
         "tokens": _count_tokens(inputs, step),
         "tokens_per_second": tokens_per_second,
     }

@@ -31,8 +31,6 @@ class StepReport:
     grad_norm: float
     "Norm of the gradient before clipping."
     learning_rate: float
-    skipped: bool
-    "Whether the engine refused the update because the gradient was not finite."
 
 
 def train_step(trainer: Trainer, windows: NDArray[np.int64], micro_batch_size: int) -> StepReport:
@@ -47,9 +45,9 @@ def train_step(trainer: Trainer, windows: NDArray[np.int64], micro_batch_size: i
     trainer.optimizer.zero_grad()
     sums = _run_schedule(trainer.model, windows, micro_batch_size, None, learn=True)
     trainer.schedule.step(increment=1)
-    updated, grad_norm, _ = trainer.optimizer.step()
+    _, grad_norm, _ = trainer.optimizer.step()
     learning_rate = next((group["lr"] for group in trainer.optimizer.param_groups), 0.0)
-    return StepReport(float(sums[0] / sums[1]), float(grad_norm or 0.0), learning_rate, skipped=not updated)
+    return StepReport(float(sums[0] / sums[1]), float(grad_norm or 0.0), learning_rate)
 
 
 def measure_bits_per_byte(

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 _CHUNK_TOKENS = 2048
 
 
@@ -66,7 +66,7 @@ def fill_subtoken_mean(base: BaseRows, pieces: Mapping[int, Sequence[int]]) -> I
         num_orphans += len(orphans)
         yield ids, rows_NH
     if num_orphans:
-        _log.warning("%d new tokens have no old pieces; they take the mean of all rows", num_orphans)
+        _logger.warning("%d new tokens have no old pieces; they take the mean of all rows", num_orphans)
 
 
 def fill_mean(base: BaseRows, pieces: Mapping[int, Sequence[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:

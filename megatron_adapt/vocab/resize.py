@@ -29,11 +29,11 @@ from megatron_adapt.errors import CheckpointError, DataError
 from megatron_adapt.files import STAGE_FILE, read_json, replace_folder, write_stage
 from megatron_adapt.logs import Advance, show_progress
 from megatron_adapt.shape import LlamaShape
+from megatron_adapt.tokenizer.extend import ADDED_FILE
 from megatron_adapt.tokenizer.pieces import LoadedTokenizer, read_tokenizer
 from megatron_adapt.vocab.fill import FILL_METHODS
 
-_log = logging.getLogger(__name__)
-PIECES_FILE = "added_pieces.json"
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,15 @@ def resize_vocab(config: ResizeVocab) -> None:
         write_companions(partial, config=hf_config, source=config.model, tokenizer=tokenizer)
         counts = {"base_vocab_size": base_size, "vocab_size": tokenizer.vocab_size, "new_rows": len(pieces)}
         write_stage(partial / STAGE_FILE, config=config, inputs=[config.model, config.tokenizer], counts=counts)
-    _log.info("%s: %d rows kept, %d filled by %s", config.output, base_size, len(pieces), config.settings.method)
+    _logger.info("%s: %d rows kept, %d filled by %s", config.output, base_size, len(pieces), config.settings.method)
 
 
 def _read_pieces(folder: Path, tokenizer: LoadedTokenizer) -> tuple[int, dict[int, list[int]]]:
     """Read ``added_pieces.json``: size of the base tokenizer, and new id to old ids, in the order of the new ids."""
-    path = folder / PIECES_FILE
+    path = folder / ADDED_FILE
     if not path.is_file():
         raise DataError(
-            f"{folder}: no {PIECES_FILE}, so it is unknown how its new tokens were spelt; "
+            f"{folder}: no {ADDED_FILE}, so it is unknown how its new tokens were spelt; "
             "make the tokenizer with tools/build_tokenizer.py"
         )
     content = read_json(path)

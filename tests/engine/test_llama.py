@@ -1,6 +1,5 @@
 """The engine on this machine: what a rank builds, and that padding never enters the loss."""
 
-import pytest
 import torch
 from megatron.core import parallel_state
 from torch.nn.functional import cross_entropy
@@ -8,7 +7,6 @@ from torch.nn.functional import cross_entropy
 from megatron_adapt.engine.llama import build_model
 from megatron_adapt.engine.parallel import Layout, start_engine
 from megatron_adapt.engine.trainable import TRAINABLE, freeze_rest
-from megatron_adapt.errors import EngineError
 from megatron_adapt.shape import LlamaShape
 from tests.helpers.spawn import run_ranks
 
@@ -94,11 +92,3 @@ def test_every_setting_of_trainable_has_its_rule():
     from megatron_adapt.config import StageSettings
 
     assert set(TRAINABLE) == set(typing.get_args(typing.get_type_hints(StageSettings)["trainable"]))
-
-
-def test_too_few_ranks_are_refused_with_the_number_to_start():
-    with (
-        pytest.raises(EngineError, match=r"1 ranks cannot hold tensor_model_parallel_size 2 .* start a multiple of 4"),
-        start_engine(Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), seed=1),
-    ):
-        pass

@@ -34,6 +34,9 @@ eval_interval = 3
 eval_windows = 5
 save_interval = 3
 
+[evaluate]
+seq_length = 64
+
 [[train.stages]]
 name = "first"
 tokens = {tokens}

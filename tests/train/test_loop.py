@@ -11,7 +11,7 @@ import torch
 
 from megatron_adapt.checkpoint.dist import DistReader
 from megatron_adapt.checkpoint.root import find_checkpoint
-from megatron_adapt.errors import CheckpointError, ConfigError
+from megatron_adapt.errors import CheckpointError, ConfigError, EngineError
 from megatron_adapt.logs import read_metrics
 from tests.helpers.runs import NUM_STEPS, make_run, train_stage
 from tests.helpers.spawn import run_ranks
@@ -140,11 +140,47 @@ def test_finished_stage_is_not_trained_again(reference):
         train_stage(recipe, "first", "--train.stages.0.lr", "5e-3")
 
 
-def test_changed_plan_under_a_running_stage_is_refused(tmp_path):
-    recipe = make_run(tmp_path)
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--train.stages.0.blend.en", "0.5"], "plan_hash"),
+        (["--train.global-batch-size", "6", "--train.stages.0.tokens", "1152"], "global_batch_size"),
+        (["--train.stages.0.trainable", "embeddings"], "trainable"),
+        (["--train.bf16"], "bf16"),
+        (["--train.no-use-distributed-optimizer"], "use_distributed_optimizer"),
+    ],
+)
+def test_what_decides_the_result_may_not_change_under_a_running_stage(started, flags, name):
+    with pytest.raises(CheckpointError, match=rf"saved with {name} \w+, now it is \w+; restore the setting"):
+        train_stage(started, "first", *flags)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A run that stopped in the middle of its first stage."""
+    recipe = make_run(tmp_path_factory.mktemp("started"))
     train_stage(recipe, "first", "--train.stop-after-steps", "3")
-    with pytest.raises(CheckpointError, match=r"saved with plan_hash \w+, now it is \w+; restore the setting"):
-        train_stage(recipe, "first", "--train.stages.0.blend.en", "0.5")
+    return recipe
+
+
+def test_next_stage_waits_for_the_end_of_the_one_before(started):
+    with pytest.raises(CheckpointError, match="first: the stage before is not finished; train it to its end first"):
+        train_stage(started, "second")
+
+
+def test_diverged_run_stops_before_it_is_saved(tmp_path):
+    recipe = make_run(tmp_path)
+    with pytest.raises(EngineError, match=r"the run diverged at learning rate .*; lower it"):
+        train_stage(recipe, "first", "--train.stages.0.lr", "1e38", "--train.clip-grad", "1e38")
+    assert not (tmp_path / "run" / "checkpoints" / "first" / "stage.json").exists()
+
+
+def test_language_left_out_of_a_blend_is_still_validated(tmp_path):
+    recipe = make_run(tmp_path)
+    recipe.write_text(recipe.read_text().replace("blend = { en = 0.25, xx = 0.75 }", "blend = { xx = 1.0 }"))
+    rows = train_stage(recipe, "first", "--train.stop-after-steps", "1")
+    assert set(rows[0]["valid_bits_per_byte"]) == {"en", "xx"}
+    assert rows[-1]["tokens"] == {"xx": 12 * 16}
 
 
 def test_changed_learning_rate_takes_effect_on_resume(tmp_path):
@@ -154,19 +190,20 @@ def test_changed_learning_rate_takes_effect_on_resume(tmp_path):
     assert rows[-1]["learning_rate"] == pytest.approx(5e-3)
 
 
-def test_tokens_of_another_tokenizer_are_refused(tmp_path):
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_tokens_of_another_tokenizer_are_refused(part, tmp_path):
     recipe = make_run(tmp_path / "one")
     other = make_run(tmp_path / "two", vocab_size=310)
-    shutil.rmtree(recipe.parent / "run" / "tokens")
-    shutil.copytree(other.parent / "run" / "tokens", recipe.parent / "run" / "tokens")
-    with pytest.raises(CheckpointError, match=r"with 310 tokens, but the checkpoint .* with 300; run tools/preprocess"):
+    for file in (other.parent / "run" / "tokens").glob(f"*-{part}.*"):
+        shutil.copy(file, recipe.parent / "run" / "tokens")
+    with pytest.raises(CheckpointError, match=rf"-{part}: .* with 310 tokens, but the .* with 300; run tools/"):
         train_stage(recipe, "first")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--train.tensor-model-parallel-size", "4"], "4 does not divide the model's 2 key-value heads .*; use 1 or 2"),
+        (["--train.tensor-model-parallel-size", "4"], "4 does not fit the model's 2 key-value heads.*; use 1 or 2"),
         (["--train.pipeline-model-parallel-size", "3"], "3 does not divide 2 layers; use 1 or 2"),
         (["--train.micro-batch-size", "5"], "global_batch_size: 12 is not a multiple of micro_batch_size 5 x 1"),
         (["--train.seq-length", "256"], "256 exceeds the model's 128 positions"),
