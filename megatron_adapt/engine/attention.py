@@ -1,7 +1,8 @@
 """Core attention for megatron-core's local layers on torch's scaled dot product attention.
 
-Grouped queries, causal, no matrix of scores in memory: on a CPU about 3 times as fast as the engine's own core attention
-at 1024 positions, with a tenth of the memory (``benchmarks/attention.py``); on a GPU torch chooses flash attention.
+Grouped queries, causal, no matrix of scores in memory: on a CPU about 3 times as fast as the engine's own core
+attention at 1024 positions, with a tenth of the memory (``benchmarks/attention.py``); on a GPU torch chooses flash
+attention.
 Shapes: T positions, B batch, N query heads, G key-value heads, D head width.
 """
 
