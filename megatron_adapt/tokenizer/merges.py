@@ -5,7 +5,7 @@ learned every such pair merges, from left to right. That is how SentencePiece re
 ``tokenizers`` does when all splits of a piece are among the merges. Ties: higher count, shorter, smaller bytes.
 
 1. ``learn_merges`` runs the compiled learner (``csrc/merges.cpp``), or its Python twin where there is none.
-2. ``learn_merges_python`` is the twin: word lists, the same heap, the same answers; about 100 times slower.
+2. ``learn_merges_python`` is the twin: word lists, the same heap, the same answers; 20 to 100 times slower.
 """
 
 import heapq
@@ -54,7 +54,7 @@ def learn_merges(words: SegmentedWords, num_pieces: int, min_frequency: int, acc
         The pieces in the order learned, each with its frequency at that moment; fewer when the words give no more.
     """
     if _csrc is None:
-        _logger.warning("merges: the C++ extension is missing; learning in Python, about 100 times slower")
+        _logger.warning("merges: the C++ extension is missing; learning in Python, 20 to 100 times slower")
         return learn_merges_python(words, num_pieces, min_frequency, accept)
     learned: list[tuple[bytes, int]] = _csrc.learn_merges(
         words.symbols, words.ids, words.offsets, words.counts, num_pieces, min_frequency, accept
