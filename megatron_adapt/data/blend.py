@@ -9,7 +9,7 @@ Method (proportionate progress, Baruah, Cohen, Plaxton, Varvel 1996, on one proc
 2. ``interleave`` reads at each step, of the windows that may be read, the one with the earliest deadline; equal
    deadlines fall to the source named first. As the shares add up to one, every window meets its deadline.
 
-Costs: O(log K) and 2 bytes a window; 1e6 windows take 6 to 80 ms. The C++ twin (``csrc/blend.cpp``) gives the same array.
+Costs: O(log K) and 2 bytes a window; 1e6 windows take 6 to 80 ms. The C++ twin (``csrc/blend.cpp``) gives the same ids.
 """
 
 import functools
