@@ -35,12 +35,12 @@ from megatron_adapt.config import (
 )
 from megatron_adapt.data.index import bin_path, idx_path
 from megatron_adapt.data.record import record_path
-from megatron_adapt.errors import CheckpointError, ConfigError
+from megatron_adapt.errors import ConfigError
 from megatron_adapt.evaluate.report import show_table, write_report
 from megatron_adapt.files import STAGE_FILE, is_finished, read_json, require_file, write_json
 from megatron_adapt.flags import to_flags
 from megatron_adapt.recipe import Recipe
-from megatron_adapt.run_folder import RunFolder, describe_training
+from megatron_adapt.run_folder import RunFolder, describe_training, is_trained
 from megatron_adapt.shape import LlamaShape, check_launch, check_layout, pad_vocab_size
 
 _logger = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ class Command:
 
     def is_finished(self) -> bool:
         """Tell whether the output is there, made by this config from the inputs as they are now."""
+        if self.stage:
+            return is_trained(self.record.parent, self.config)
         return all(item.is_file() for item in self.outputs) and is_finished(self.record, config=self.config)
 
 
@@ -247,11 +249,6 @@ def run_commands(commands: list[Command], recipe: Recipe, tools: Path) -> None:
         if command.is_finished():
             _logger.info("%s: finished before", title)
             continue
-        if command.stage and command.record.is_file():
-            raise CheckpointError(
-                f"{command.record.parent}: the stage is finished, with other settings or from other weights or data; "
-                "remove the folder to train it again"
-            )
         argv = _make_argv(command, recipe, tools)
         _logger.info("%s: %s", title, shlex.join(argv))
         code = subprocess.run(argv, check=False, env=_make_environment(command, recipe)).returncode

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_adapt.config import StageSettings, TrainSettings
-from megatron_adapt.errors import ConfigError
-from megatron_adapt.files import to_plain
+from megatron_adapt.errors import CheckpointError, ConfigError
+from megatron_adapt.files import STAGE_FILE, is_finished, to_plain
 from megatron_adapt.recipe import Recipe
 
 
@@ -88,6 +88,25 @@ def describe_training(stage: StageSettings, train: TrainSettings) -> dict[str, A
     """Return the settings that decide the weights a stage ends with; its record keeps them."""
     decisive = {name: value for name, value in to_plain(train).items() if name not in _WITHOUT_EFFECT}
     return {"stage": to_plain(stage), "train": decisive}
+
+
+def is_trained(folder: Path, config: dict[str, Any]) -> bool:
+    """Tell whether a training stage has ended with this config.
+
+    Args:
+        folder: its checkpoints.
+        config: what ``describe_training`` says of it.
+
+    Raises:
+        CheckpointError: it ended under other settings, weights or data; nothing is thrown away unasked.
+    """
+    record = folder / STAGE_FILE
+    if record.is_file() and not is_finished(record, config=config):
+        raise CheckpointError(
+            f"{folder}: the stage is finished, with other settings or from other weights or data; "
+            "remove the folder to train it again"
+        )
+    return record.is_file()
 
 
 def find_stage(recipe: Recipe, name: str) -> StagePlace:

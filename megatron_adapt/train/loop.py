@@ -27,10 +27,11 @@ from megatron_adapt.data.plan import write_plan
 from megatron_adapt.engine.llama import build_model
 from megatron_adapt.engine.parallel import Layout, get_device, start_engine
 from megatron_adapt.engine.trainable import freeze_rest
-from megatron_adapt.errors import CheckpointError, EngineError
-from megatron_adapt.files import STAGE_FILE, is_finished, write_stage
+from megatron_adapt.errors import EngineError
+from megatron_adapt.files import STAGE_FILE, write_stage
 from megatron_adapt.logs import MetricsWriter, is_main_rank
 from megatron_adapt.recipe import Recipe
+from megatron_adapt.run_folder import is_trained
 from megatron_adapt.shape import check_launch
 from megatron_adapt.train.inputs import StageInputs, open_inputs
 from megatron_adapt.train.optimizer import Trainer, build_trainer
@@ -49,14 +50,9 @@ def train(recipe: Recipe, stage_name: str) -> None:
         DataError: token files are missing or damaged.
     """
     inputs = open_inputs(recipe, stage_name)
-    if is_finished(inputs.root / STAGE_FILE, config=inputs.config):
+    if is_trained(inputs.root, inputs.config):
         _logger.info("stage %s: finished before", stage_name)
         return
-    if (inputs.root / STAGE_FILE).is_file():
-        raise CheckpointError(
-            f"{inputs.root}: the stage is finished, with other settings or from other weights or data; "
-            "remove the folder to train it again"
-        )
     settings, description = recipe.train, inputs.description
     layout = Layout(
         tensor_model_parallel_size=settings.tensor_model_parallel_size,

@@ -99,7 +99,7 @@ def load_state(root: Path, trainer: Trainer, training: Mapping[str, Any]) -> int
     state = _sharded_state(trainer, is_loading=True)
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _data_parallel_group())
     loaded = dist_checkpointing.load(state, str(folder), strategy)
-    trainer.bare_model.load_state_dict(loaded["model"], strict=False)
+    trainer.bare_model.load_state_dict(loaded["model"])
     _load_optimizer(trainer.optimizer, loaded["optimizer"])
     step = read_description(folder).step
     trainer.schedule.step(increment=step)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -33,7 +34,6 @@ def test_megatron_reads_every_document_back_equal(tmp_path_factory, documents, v
 @settings(max_examples=25, deadline=None)
 @given(documents=_documents, vocab_size=st.sampled_from([1000, 65500]))
 def test_files_are_those_of_megatrons_builder_byte_for_byte(tmp_path_factory, documents, vocab_size):
-    torch = pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("tokens")
     ours = make_tokens(folder / "ours", [np.array(d, int) for d in documents], vocab_size=vocab_size)
     builder = IndexedDatasetBuilder(str(folder / "theirs.bin"), dtype=DType.optimal_dtype(vocab_size))
@@ -61,7 +61,6 @@ def test_reader_returns_what_was_written_in_any_portions(tmp_path_factory, docum
 
 
 def test_reader_understands_documents_of_several_sequences(tmp_path):
-    torch = pytest.importorskip("torch")
     builder = IndexedDatasetBuilder(str(tmp_path / "p.bin"), dtype=np.uint16)
     builder.add_document(torch.arange(5), [2, 3])
     builder.add_document(torch.arange(4), [4])
