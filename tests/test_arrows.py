@@ -21,7 +21,7 @@ MAX_TOOL_LINES = 30
 ROWS = (
     {"errors"},
     {"shape", "config", "files", "_csrc"},
-    {"logs", "recipe"},
+    {"logs", "plots", "recipe"},
     {"flags", "run_folder"},
     {"corpus", "engine"},
     {"tokenizer"},

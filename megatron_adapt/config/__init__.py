@@ -1,0 +1,36 @@
+"""Every setting of every stage, a file per stage. The string under a field is its ``--help``.
+
+``...Settings`` is a table of a recipe: what a user decides. A class named like a tool adds the paths that
+the tool reads and writes; on the command line both are flat flags. ``Recipe`` is a whole TOML file, read
+by ``tools/adapt.py`` and ``tools/pretrain.py``.
+Single values are checked here; checks against data live where the data is read.
+"""
+
+from megatron_adapt.config.base import BaseSettings, CreateBase
+from megatron_adapt.config.checkpoint import CheckpointSettings, ConvertCheckpoint
+from megatron_adapt.config.corpus import CorpusSettings, PrepareCorpus
+from megatron_adapt.config.data import DataSettings, PreprocessData
+from megatron_adapt.config.evaluate import Evaluate, EvaluateSettings
+from megatron_adapt.config.tokenizer import BuildTokenizer, MeasureTokenizer, TokenizerSettings
+from megatron_adapt.config.train import StageSettings, TrainSettings
+from megatron_adapt.config.vocab import ResizeVocab, VocabSettings
+
+__all__ = [
+    "BaseSettings",
+    "BuildTokenizer",
+    "CheckpointSettings",
+    "ConvertCheckpoint",
+    "CorpusSettings",
+    "CreateBase",
+    "DataSettings",
+    "Evaluate",
+    "EvaluateSettings",
+    "MeasureTokenizer",
+    "PrepareCorpus",
+    "PreprocessData",
+    "ResizeVocab",
+    "StageSettings",
+    "TokenizerSettings",
+    "TrainSettings",
+    "VocabSettings",
+]

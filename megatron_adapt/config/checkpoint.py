@@ -1,0 +1,44 @@
+"""Settings of the checkpoint stage."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_adapt.config.require import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """How a checkpoint is laid out (table ``[checkpoint]``)."""
+
+    vocab_pad_multiple: int = 1024
+    "Megatron checkpoints pad the vocabulary to a multiple of this, so that they load at any TP up to 8."
+    dtype: Literal["keep", "float32", "bfloat16"] = "keep"
+    "Type of the weights in the output; keep takes that of the source."
+    verify_logits_parameters: int = 2_000_000_000
+    "Largest model whose logits --verify compares too: it holds two fp32 copies; larger ones by their tensors alone."
+
+    def __post_init__(self) -> None:
+        require(
+            self.vocab_pad_multiple >= 1,
+            f"checkpoint.vocab_pad_multiple: {self.vocab_pad_multiple} is below 1; use 1024",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertCheckpoint:
+    """Convert a Hugging Face folder to a Megatron checkpoint, or back."""
+
+    source: Path
+    "Hugging Face folder, or Megatron checkpoint (its root, or one iter_... folder)."
+    to: Literal["megatron", "hf"]
+    "Format to write."
+    output: Path
+    "Folder to write."
+    tokenizer: Path | None = None
+    "Tokenizer the output must fit and carry; by default the one that travels with the source."
+    verify: bool = False
+    "Afterwards convert back in memory and compare every tensor, and compare logits on random tokens."
+    overwrite: bool = False
+    "Replace the output folder if it exists."
+    settings: CheckpointSettings = field(default_factory=CheckpointSettings)
