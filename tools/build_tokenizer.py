@@ -8,6 +8,6 @@ from megatron_adapt.flags import load_config, run_tool
 
 if __name__ == "__main__":
     config = load_config(BuildTokenizer)
-    from megatron_adapt.tokenizer.extend import build_tokenizer
+    from megatron_adapt.tokenizer.build import build_tokenizer
 
     run_tool(build_tokenizer, config)

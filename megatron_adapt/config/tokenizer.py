@@ -10,33 +10,63 @@ from megatron_adapt.config.require import require
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSettings:
-    """How the vocabulary grows (table ``[tokenizer]``)."""
+    """How the vocabulary changes (table ``[tokenizer]``)."""
 
-    method: Literal["continue"] = "continue"
-    "continue: learn new merges on top of the frozen base merges; old ids never move."
+    method: Literal["continue", "merge", "replace", "optimize", "transplant"] = "continue"
+    """continue: learn new merges on top of the frozen base merges. merge: learn a tokenizer of the new language alone
+    and append the pieces the base lacks. transplant: append pieces of --donor. These three never move an old id.
+    replace: learn a new vocabulary. optimize: drop the base's least used pieces, then continue."""
     size: str = "extend100"
-    "How many pieces to add: a number, or extendNN for NN per cent of the base vocabulary."
+    """How many pieces to add (replace: size of the new vocabulary): a number, or extendNN for NN per cent of the base
+    vocabulary."""
+    size_multiple: int = 1
+    "Add more pieces until the whole vocabulary is a multiple of this."
     scripts: tuple[str, ...] = ()
     "Unicode scripts a new piece may use, for example Arabic or Han Hiragana Katakana; empty allows all."
     min_frequency: int = 2
-    "A pair seen less often in the corpus is never merged."
+    "A pair seen less often in the corpus is never merged; a donor's piece seen less often is not taken."
+    segmenter: str = ""
+    "Cut the training text into words first, for languages without spaces: fugashi (MeCab), or MODULE:FUNCTION."
+    scores: Literal["below", "zero", "learned"] = "below"
+    """SentencePiece scores of merged pieces. below: falling below the lowest old one, the only choice that all readers
+    agree on; zero (Chinese-LLaMA) and learned (Swallow) reproduce the papers and are not safe."""
+    model: Literal["bpe", "unigram"] = "bpe"
+    "Algorithm of a replaced SentencePiece vocabulary."
+    old_share: float = 0.5
+    "Weight of the old language, by bytes of text, where replace and optimize count both languages."
+    kept_share: float = 0.5
+    "Share of the base's learned pieces that optimize keeps."
+    max_drift: float = 1.0
+    "Refuse a tokenizer that changes the ids of a larger share of the documents in --old-corpus."
 
     def __post_init__(self) -> None:
         known = re.fullmatch(r"[1-9]\d*|extend[1-9]\d*", self.size)
         require(known is not None, f"tokenizer.size: {self.size!r} is no size; use a number or extend100")
+        require(
+            self.size_multiple >= 1, f"tokenizer.size_multiple: {self.size_multiple} is below 1; use 1 for any size"
+        )
         require(self.min_frequency >= 1, f"tokenizer.min_frequency: {self.min_frequency} is below 1; use 2")
+        for name in ("old_share", "kept_share", "max_drift"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"tokenizer.{name}: {value} is not between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildTokenizer:
-    """Extend a base tokenizer by pieces learned from a corpus."""
+    """Make the tokenizer of a new language out of a base tokenizer."""
 
     base: Path
     "Hugging Face folder of the base tokenizer (tokenizer.json, or a tokenizer.model)."
     corpus: tuple[Path, ...]
     "Documents in the new language to learn from."
     output: Path
-    "Folder to write the extended tokenizer into."
+    "Folder to write the tokenizer into."
+    old_corpus: tuple[Path, ...] = ()
+    "Documents in the old language: drift is measured on them, replace and optimize count them too."
+    donor: Path | None = None
+    "Folder of the tokenizer whose pieces transplant takes."
+    adopt: bool = False
+    "transplant the donor whole, ids and all, instead of appending its pieces."
     text_key: str = "text"
     "Key of the text in a JSON document."
     overwrite: bool = False

@@ -188,6 +188,11 @@ def piece_bytes(tokenizer: LoadedTokenizer) -> list[bytes]:
     return found
 
 
+def to_byte_piece(byte: int) -> str:
+    """Return how SentencePiece writes the piece of a single byte."""
+    return f"<0x{byte:02X}>"
+
+
 @cache
 def byte_letters() -> dict[int, str]:
     """Return the letter of every byte: itself where it prints, else one from U+0100 on (as GPT-2 does)."""

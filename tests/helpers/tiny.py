@@ -54,7 +54,8 @@ def write_extended_tokenizer(base: Path, folder: Path, merges: Sequence[tuple[st
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(raw))
     (folder / "tokenizer_config.json").write_bytes((base / "tokenizer_config.json").read_bytes())
-    (folder / "added_pieces.json").write_text(json.dumps({"base_vocab_size": first, "pieces": spelt}))
+    id_map = {"base_vocab_size": first, "vocab_size": first + len(merges), "moved": {}, "pieces": spelt}
+    (folder / "added_pieces.json").write_text(json.dumps(id_map))
     return folder
 
 

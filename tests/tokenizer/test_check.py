@@ -1,14 +1,24 @@
+from collections import Counter
+
 import pytest
 
 from megatron_adapt.errors import DataError
 from megatron_adapt.tokenizer.append import write_extended
-from megatron_adapt.tokenizer.check import check_extension, find_unreachable
+from megatron_adapt.tokenizer.check import check_made, find_unreachable
+from megatron_adapt.tokenizer.id_map import map_ids
+from megatron_adapt.tokenizer.made import Made
 from megatron_adapt.tokenizer.model_proto import read_model, write_model
 from megatron_adapt.tokenizer.pieces import read_tokenizer, to_letters
 from megatron_adapt.tokenizer.words import strip_tokenizer
 from tests.tokenizer.bases import edit_json
 
 SAMPLE = ["the inter", "кот"]
+
+
+def check(base, folder, sample):
+    after = read_tokenizer(folder)
+    made = Made(keeps_ids=True, num_asked=1, reasons=Counter(), sample=sample, num_texts=1, num_bytes=1)
+    return check_made(base, after, map_ids(base, after), made)
 
 
 def new_piece(base):
@@ -23,7 +33,7 @@ def test_a_piece_that_no_merge_makes_is_unreachable(base, tmp_path):
     spelled = write_extended(base, [new_piece(base), b"zqzqzq"], tmp_path)
     assert find_unreachable(read_tokenizer(tmp_path), spelled) == {"zqzqzq"}
     with pytest.raises(DataError, match="1 pieces are unreachable"):
-        check_extension(base, read_tokenizer(tmp_path), spelled, SAMPLE)
+        check(base, tmp_path, SAMPLE)
 
 
 def swap(content):
@@ -32,24 +42,24 @@ def swap(content):
 
 
 def test_a_moved_id_is_found(base, tmp_path):
-    spelled = write_extended(base, [new_piece(base)], tmp_path)
+    write_extended(base, [new_piece(base)], tmp_path)
     edit_json(tmp_path / "tokenizer.json", swap)
     with pytest.raises(DataError, match=r"id \d+ of '(in|er)' became \d+"):
-        check_extension(base, read_tokenizer(tmp_path), spelled, SAMPLE)
+        check(base, tmp_path, SAMPLE)
 
 
 def test_a_changed_added_token_is_found(base, tmp_path):
-    spelled = write_extended(base, [new_piece(base)], tmp_path)
+    write_extended(base, [new_piece(base)], tmp_path)
     edit_json(tmp_path / "tokenizer.json", lambda content: content["added_tokens"][0].update(lstrip=True))
     with pytest.raises(DataError, match=r"added token 0 .* became"):
-        check_extension(base, read_tokenizer(tmp_path), spelled, SAMPLE)
+        check(base, tmp_path, SAMPLE)
 
 
 def test_lost_text_is_found(base, tmp_path):
-    spelled = write_extended(base, [new_piece(base)], tmp_path)
+    write_extended(base, [new_piece(base)], tmp_path)
     edit_json(tmp_path / "tokenizer.json", lambda content: content.update(normalizer={"type": "Lowercase"}))
     with pytest.raises(DataError, match=r"'The IN'\.\.\. is decoded otherwise than before"):
-        check_extension(base, read_tokenizer(tmp_path), spelled, ["The IN"])
+        check(base, tmp_path, ["The IN"])
 
 
 def test_files_that_disagree_are_found(bases, tmp_path):
@@ -57,12 +67,12 @@ def test_files_that_disagree_are_found(bases, tmp_path):
     spelled = write_extended(base, [new_piece(base)], tmp_path)
     write_model(read_model(base.folder / "tokenizer.model"), tmp_path / "tokenizer.model")
     with pytest.raises(DataError, match=r"has other ids by tokenizer\.model"):
-        check_extension(base, read_tokenizer(tmp_path), spelled, [f"\n{spelled[0]}"])
+        check(base, tmp_path, [f"\n{spelled[0]}"])
 
 
 def test_figures_count_tokens_of_the_sample(base, tmp_path):
     spelled = write_extended(base, [new_piece(base)], tmp_path)
-    figures = check_extension(base, read_tokenizer(tmp_path), spelled, [f"\n{spelled[0]}", "e"])
+    figures = check(base, tmp_path, [f"\n{spelled[0]}", "e"])
     size = len(spelled[0]) + 2
     assert figures["checked_texts"] == 2
     # SentencePiece puts a space in front of both texts, here a token of its own.

@@ -14,7 +14,9 @@ from transformers import AutoTokenizer
 from megatron_adapt.config import BuildTokenizer, TokenizerSettings
 from megatron_adapt.errors import ConfigError, DataError
 from megatron_adapt.tokenizer import merges
-from megatron_adapt.tokenizer.extend import build_tokenizer, count_pieces, learn_pieces
+from megatron_adapt.tokenizer.build import build_tokenizer
+from megatron_adapt.tokenizer.extend import learn_pieces
+from megatron_adapt.tokenizer.made import count_pieces
 from megatron_adapt.tokenizer.model_proto import Piece, append_pieces, read_model, write_model
 from megatron_adapt.tokenizer.pieces import copy_tokenizer, encode_texts, piece_bytes, read_tokenizer
 from tests.tokenizer.bases import ODD_TEXTS, edit_json, make_texts, write_corpus
@@ -287,7 +289,7 @@ def test_an_old_piece_completed_by_a_new_one_merges_in_both_files(bases, tmp_pat
     texts = [*[b + c] * 90, *[b + c + z] * 60, *[y + a] * 40, *[y + a + b + c + z] * 20, *[f"1{a + b + c}"] * 15]
     with caplog.at_level(logging.INFO):
         made = extend(folder, tmp_path / "out", texts, size="10")
-    assert "pieces came out unreachable; learning again without them" in caplog.text
+    assert "pieces came out unreachable; choosing again without them" in caplog.text
     old = read_tokenizer(folder)
     model = sentencepiece.SentencePieceProcessor(model_file=str(made.folder / "tokenizer.model"))
     for text in [*texts, a + b + c]:
@@ -297,10 +299,11 @@ def test_an_old_piece_completed_by_a_new_one_merges_in_both_files(bases, tmp_pat
 
 
 def test_size_is_a_number_or_a_share_of_the_base():
-    assert count_pieces("2000", 32000) == 2000
-    assert count_pieces("extend25", 32000) == 8000
-    assert count_pieces("extend100", 32001) == 32001
-    assert count_pieces("extend1", 20) == 1
+    for size, base, count in (("2000", 32000, 2000), ("extend25", 32000, 8000), ("extend100", 32001, 32001)):
+        assert count_pieces(TokenizerSettings(size=size), base, base) == count
+    assert count_pieces(TokenizerSettings(size="extend1"), 20, 20) == 1
+    rounded = TokenizerSettings(size="2000", size_multiple=1024)
+    assert 32000 + count_pieces(rounded, 32000, 32000) == 34 * 1024 > 32000 + 2000
 
 
 def test_frequencies_bound_what_is_learned(base):

@@ -110,7 +110,7 @@ def test_the_repeated_head_of_a_tied_model_is_left_out(tmp_path, tokenizer):
 def test_the_record_says_what_was_done(tmp_path, model, tokenizer):
     _resize(model, tokenizer, tmp_path / "out")
     record = json.loads((tmp_path / "out" / "stage.json").read_text())
-    assert record["counts"] == {"base_vocab_size": 300, "vocab_size": 304, "new_rows": 4}
+    assert record["counts"] == {"base_vocab_size": 300, "vocab_size": 304, "moved_rows": 0, "new_rows": 4}
     assert record["config"]["settings"]["method"] == "subtoken_mean"
 
 
@@ -150,18 +150,38 @@ def test_a_tokenizer_without_its_pieces_is_refused_with_the_way_out(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("changes", "message"),
     [
-        ("{}", "not of the form"),
-        ('{"base_vocab_size": 400, "pieces": {}}', "has 304 tokens, its base had 400; old ids may never go"),
-        ('{"base_vocab_size": 300, "pieces": {"300": [1]}}', "names 1 new ids, the tokenizer has 4 beyond"),
-        ('{"base_vocab_size": 303, "pieces": {"303": [303]}}', "new id 303 is spelt with an id that is not below 303"),
+        ({}, "not of the form"),
+        ({"vocab_size": 305}, "maps 305 ids, the tokenizer has 304"),
+        ({"base_vocab_size": 299}, "id 299 has no old id below 299"),
+        ({"moved": {"3": 300}}, "id 3 has no old id below 300"),
+        (
+            {"pieces": {"300": [1], "301": [300], "302": [1], "303": [1]}},
+            r"id 301 is spelt by \[300\], not all below 300",
+        ),
     ],
 )
-def test_pieces_that_do_not_fit_the_tokenizer_are_refused(tmp_path, model, tokenizer, content, message):
-    (tokenizer / "added_pieces.json").write_text(content)
+def test_pieces_that_do_not_fit_the_tokenizer_are_refused(tmp_path, model, tokenizer, changes, message):
+    path = tokenizer / "added_pieces.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes} if changes else {}))
     with pytest.raises(DataError, match=message):
         _resize(model, tokenizer, tmp_path / "out")
+
+
+def test_rows_follow_tokens_that_moved_and_dropped_ones_are_gone(tmp_path, model, tokenizer):
+    path = tokenizer / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["aa"], vocab["ab"] = vocab["ab"], vocab["aa"]
+    path.write_text(json.dumps(content))
+    path = tokenizer / "added_pieces.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "moved": {"258": 259, "259": 258}}))
+    after, before = _resize(model, tokenizer, tmp_path / "out"), HFFolder(model)
+    order = [*range(258), 259, 258, *range(260, 300)]
+    for name in MATRICES:
+        assert _same_bytes(after.read(name)[:300], before.read(name)[order])
+    assert json.loads((tmp_path / "out" / "stage.json").read_text())["counts"]["moved_rows"] == 2
 
 
 def test_a_megatron_checkpoint_is_sent_round_by_the_converter(tmp_path, model, tokenizer):
