@@ -124,11 +124,13 @@ def _show(output: Path, report: Mapping[str, Any]) -> None:
     if "drift" in report:
         drift = report["drift"]
         _logger.info(
-            "%s: old language: ids changed in %s of %s documents (%.2f %%); tokens per byte %.4f -> %.4f",
+            "%s: old language: its tokens changed in %s of %s documents (%.2f %%), %s touched by text in the new "
+            "scripts; tokens per byte %.4f -> %.4f",
             output,
             f"{drift['changed']:,}",
             f"{drift['documents']:,}",
             100 * drift["share"],
+            f"{drift['touched'] - drift['changed']:,}",
             drift["base_tokens_per_byte"],
             drift["tokens_per_byte"],
         )
