@@ -75,7 +75,7 @@ def measure_drift(base: LoadedTokenizer, made: LoadedTokenizer, config: BuildTok
                 documents += 1
                 size += len(text.encode())
                 before, after = before + len(old), after + len(new)
-                if old == new:
+                if old.ids == new.ids or readers[0].spell(old) == readers[1].spell(new):
                     continue
                 touched += 1
                 if new_script is None or any(
@@ -103,10 +103,14 @@ class _Reader:
         self._tokenizer = tokenizer.tokenizer
         self._bytes = piece_bytes(tokenizer)
 
-    def read(self, texts: list[str]) -> list[list[bytes]]:
-        """Return the tokens of texts."""
-        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [[self._bytes[index] for index in item.ids] for item in encoded]
+    def read(self, texts: list[str]) -> list[Encoding]:
+        """Return the tokens of texts, without their places."""
+        encoded: list[Encoding] = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return encoded
+
+    def spell(self, item: Encoding) -> list[bytes]:
+        """Return the bytes of every token."""
+        return [self._bytes[index] for index in item.ids]
 
     def read_old(self, text: str, new_script: regex.Pattern[str]) -> Iterator[tuple[int, bytes] | None]:
         """Yield place and bytes of every token that holds text, none of it in the new scripts; None at the end."""

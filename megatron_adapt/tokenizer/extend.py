@@ -115,7 +115,7 @@ def learn_pieces(
     prefixes: frozenset[bytes] = frozenset()
     if base.kind == "byte_level":
         letters = {letter for word in counts for letter in from_letters(word).decode(errors="ignore")}
-        prefixes = find_prefixes(letter for letter in letters if allowed.character.fullmatch(letter))
+        prefixes = find_prefixes((letter for letter in letters if allowed.character.fullmatch(letter)), allowed)
     words = segment_words(base, counts)
     accept = Acceptance(base, allowed, prefixes, banned)
     with show_progress("learning pieces", num_pieces, "pieces") as advance:

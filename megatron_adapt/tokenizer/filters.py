@@ -16,6 +16,7 @@ from megatron_adapt.errors import ConfigError
 
 MAX_PIECE_CHARACTERS = 16  # sentencepiece's max_sentencepiece_length
 _DIGIT = regex.compile(r"\p{N}")
+_LETTER = regex.compile(r"\p{L}")
 # SentencePiece takes Japanese as one script (trainer_interface.cc); the two marks prolong kana.
 _JAPANESE = r"\p{Han}\p{Hiragana}\p{Katakana}ーｰ"
 _CUT_AT = (
@@ -64,10 +65,30 @@ def make_filter(scripts: Sequence[str]) -> PieceFilter:
     return PieceFilter(regex.compile(rf"[{allowed}]"), regex.compile(rf" ?{with_marks}[{allowed}]{with_marks}"))
 
 
-def find_prefixes(characters: Iterable[str]) -> frozenset[bytes]:
-    """Return every proper beginning of the characters' UTF-8 forms."""
+def find_prefixes(characters: Iterable[str], allowed: PieceFilter) -> frozenset[bytes]:
+    """Return the beginnings of the characters' UTF-8 forms that begin no letter of a script outside ``allowed``.
+
+    Half-width kana begin with the same two bytes as full-width Latin letters: a piece of these would change text that
+    is not in the new language. One byte is always allowed, as byte-level tokenizers have a piece for it.
+    """
     spelled = {character.encode() for character in characters}
-    return frozenset(data[:end] for data in spelled for end in range(1, len(data)))
+    found = {data[:end] for data in spelled for end in range(1, len(data))}
+    return frozenset(data for data in found if len(data) == 1 or not _begins_other_letter(data, allowed))
+
+
+def _begins_other_letter(prefix: bytes, allowed: PieceFilter) -> bool:
+    missing = {0xC: 2, 0xD: 2, 0xE: 3, 0xF: 4}[prefix[0] >> 4] - len(prefix)
+    first = prefix + b"\x80" * missing
+    # The second byte of E0 and F0 starts higher, or the character would be written with fewer bytes.
+    start = max(_code_point(first), {3: 0x800, 4: 0x10000}.get(len(first), 0))
+    last = min(_code_point(prefix + b"\xbf" * missing), 0x10FFFF)
+    letters = map(chr, range(start, last + 1))
+    return any(_LETTER.fullmatch(letter) and not allowed.character.fullmatch(letter) for letter in letters)
+
+
+def _code_point(data: bytes) -> int:
+    head = data[0] & (0x7F >> len(data))
+    return int("".join([f"{head:b}", *(f"{byte & 0x3F:06b}" for byte in data[1:])]), 2)
 
 
 def make_word_pattern(marker: str) -> regex.Pattern[str]:

@@ -6,7 +6,8 @@ from megatron_adapt.tokenizer.filters import find_prefixes, make_filter
 
 @pytest.fixture
 def accept(base):
-    return Acceptance(base, make_filter(("Cyrillic", "Han")), find_prefixes("к日本"), frozenset(["кб".encode()]))
+    allowed = make_filter(("Cyrillic", "Han"))
+    return Acceptance(base, allowed, find_prefixes("к日本", allowed), frozenset(["кб".encode()]))
 
 
 def test_whole_characters_of_the_scripts_are_accepted(base, accept):

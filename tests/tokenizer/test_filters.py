@@ -58,4 +58,14 @@ def test_words_end_at_spaces_scripts_and_digits(text, words):
 
 
 def test_prefixes_are_proper_beginnings():
-    assert find_prefixes(["日", "é", "a"]) == {b"\xe6", b"\xe6\x97", b"\xc3"}
+    assert find_prefixes(["日", "é", "a"], make_filter(())) == {b"\xe6", b"\xe6\x97", b"\xc3"}
+
+
+def test_prefixes_shared_with_letters_of_other_scripts_are_left_out():
+    japanese, arabic = make_filter(("Han", "Hiragana", "Katakana")), make_filter(("Arabic",))
+    # Half-width kana share two bytes with full-width Latin, the kana of a plane beyond the first share none.
+    assert find_prefixes(["ｶ", "か", "。"], japanese) == {b"\xef", b"\xe3", b"\xe3\x81", b"\xe3\x80"}
+    kana = "\U0001b000".encode()
+    assert find_prefixes([kana.decode()], japanese) == {kana[:end] for end in (1, 3)}
+    # The presentation forms of Arabic share theirs with Latin ligatures, or with nobody.
+    assert find_prefixes(["\ufb50", "\ufdf2"], arabic) == {b"\xef", b"\xef\xb7"}
