@@ -20,7 +20,7 @@ MAX_TOOL_LINES = 30
 # From the lowest row up. A part is a module or a folder directly in the package.
 ROWS = (
     {"errors"},
-    {"shape", "config", "files", "_csrc"},
+    {"shape", "config", "files", "scripts", "_csrc"},
     {"logs", "plots", "recipe"},
     {"flags", "run_folder"},
     {"corpus", "engine"},

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from megatron_adapt.config.require import require
 
@@ -18,9 +19,28 @@ class CorpusSettings:
     "Share of documents held out for validation, chosen by a hash, so that appending files moves none."
     max_bytes: int = 0
     "Keep at most this many bytes of training text per language, in file order; 0 keeps all."
+    normal_form: Literal["none", "NFC", "NFKC"] = "none"
+    "Unicode normal form the text is brought into."
+    min_characters: int = 0
+    "Drop shorter documents."
+    max_characters: int = 0
+    "Drop longer documents; 0 keeps all."
+    max_repeated_lines: float = 1.0
+    "Drop a document when a larger share of its characters stands in lines that occurred before in it; 0.2 is usual."
+    max_repeated_runs: float = 1.0
+    "Drop a document when a larger share of its words lies in runs of ten that occurred before in it; 0.1 is usual."
+    min_script_share: float = 0.0
+    "Drop a document when a smaller share of its letters is of the language's scripts."
+    near_duplicates: float = 0.0
+    "Drop a document that resembles an earlier one this much (0.8 is usual); 0 drops only exact duplicates."
 
     def __post_init__(self) -> None:
         require(0 < self.valid_share < 1, f"prepare.valid_share: {self.valid_share} is not between 0 and 1")
+        for name in ("max_repeated_lines", "max_repeated_runs", "min_script_share", "near_duplicates"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"prepare.{name}: {value} is not between 0 and 1")
+        for name in ("min_characters", "max_characters", "max_bytes"):
+            require(getattr(self, name) >= 0, f"prepare.{name}: {getattr(self, name)} is below 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +51,8 @@ class PrepareCorpus:
     "Files to read, in this order: .jsonl, .jsonl.gz or .jsonl.zst (recognised by content)."
     output: Path
     "Folder to write train-00000.jsonl.zst and valid-00000.jsonl.zst into."
+    scripts: tuple[str, ...] = ()
+    "Unicode scripts of the language, for prepare.min_script_share."
     overwrite: bool = False
     "Replace the output folder if it exists."
     settings: CorpusSettings = field(default_factory=CorpusSettings)

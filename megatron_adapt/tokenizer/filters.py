@@ -6,13 +6,12 @@ marks, joiners - pass together with one that does. With scripts named, no charac
 and punctuation included, is ever part of a new piece: text in them keeps its ids.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import regex
 
-from megatron_adapt.errors import ConfigError
+from megatron_adapt.scripts import make_script_class
 
 MAX_PIECE_CHARACTERS = 16  # sentencepiece's max_sentencepiece_length
 _DIGIT = regex.compile(r"\p{N}")
@@ -51,16 +50,7 @@ def make_filter(scripts: Sequence[str]) -> PieceFilter:
     """
     if not scripts:
         return PieceFilter(regex.compile(r"\S"), regex.compile(r".*", regex.DOTALL))
-    for name in scripts:
-        try:
-            known = re.fullmatch(r"\w+", name) and regex.compile(rf"\p{{Script_Extensions={name}}}")
-        except regex.error:
-            known = None
-        if not known:
-            raise ConfigError(
-                f"tokenizer.scripts: {name!r} is no Unicode script; use names such as Arabic, Cyrillic, Devanagari, Han"
-            )
-    allowed = "".join(rf"\p{{Script_Extensions={name}}}" for name in scripts)
+    allowed = make_script_class(scripts, "tokenizer.scripts")
     with_marks = rf"[{allowed}\p{{Script=Inherited}}]*"
     return PieceFilter(regex.compile(rf"[{allowed}]"), regex.compile(rf" ?{with_marks}[{allowed}]{with_marks}"))
 
