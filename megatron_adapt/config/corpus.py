@@ -31,6 +31,9 @@ class CorpusSettings:
     "Drop a document when a larger share of its words lies in runs of ten that occurred before in it; 0.1 is usual."
     min_script_share: float = 0.0
     "Drop a document when a smaller share of its letters is of the language's scripts."
+    sentences: str = ""
+    """Also cut every document into sentences (key "sentences"): learned, by Punkt parameters learned from the input; or
+    a language of an installed nltk_data, such as english."""
     near_duplicates: float = 0.0
     "Drop a document that resembles an earlier one this much (0.8 is usual); 0 drops only exact duplicates."
 

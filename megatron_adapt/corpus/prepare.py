@@ -1,10 +1,11 @@
 """Split raw documents of one language into a training and a validation part.
 
 Reads: JSON lines, plain or compressed. Writes: ``train-00000.jsonl.zst`` and ``valid-00000.jsonl.zst`` with one
-``{"id", "text"}`` a line, and ``stage.json`` with the counts by reason.
+``{"id", "text"}`` a line (and ``"sentences"`` when asked), and ``stage.json`` with the counts by reason.
 
 Guarantees: a text occurs once in the whole output (with ``near_duplicates``, nearly the same text too); whether a
-document is training or validation depends on its id alone, so appending files moves none, and translations under one id fall on the same side in every language.
+document is training or validation depends on its id alone, so appending files moves none, and translations under one
+id fall on the same side in every language.
 
 Method, one pass in file order:
 
@@ -27,8 +28,14 @@ import regex
 
 from megatron_adapt.config import PrepareCorpus
 from megatron_adapt.corpus.clean import RULES, Limits, find_reason, normalise
-from megatron_adapt.corpus.documents import DocumentWriter, get_text, read_documents
+from megatron_adapt.corpus.documents import DocumentWriter, get_text, limit_texts, read_documents, read_texts
 from megatron_adapt.corpus.duplicates import NearDuplicates
+from megatron_adapt.corpus.sentences import (
+    SentenceSplitter,
+    learn_splitter,
+    read_installed_splitter,
+    write_splitter,
+)
 from megatron_adapt.errors import ConfigError, DataError
 from megatron_adapt.files import STAGE_FILE, replace_folder, require_file, write_stage
 from megatron_adapt.logs import show_progress
@@ -38,6 +45,9 @@ _logger = logging.getLogger(__name__)
 
 TRAIN_FILE = "train-00000.jsonl.zst"
 VALID_FILE = "valid-00000.jsonl.zst"
+SENTENCES_FILE = "sentences.json"
+LEARNED = "learned"
+_LEARNING_BYTES = 50_000_000
 
 _DROPPED = ("empty", *RULES, "duplicate", "near_duplicate")
 _REASONS = ("train", "valid", *_DROPPED, "over_max_bytes")
@@ -101,6 +111,7 @@ def _split(config: PrepareCorpus, folder: Path) -> _State:
             "train": stack.enter_context(DocumentWriter(folder / TRAIN_FILE)),
             "valid": stack.enter_context(DocumentWriter(folder / VALID_FILE)),
         }
+        splitter = _make_splitter(config, folder)
         advance = stack.enter_context(show_progress("preparing the corpus", None, "documents"))
         for where, document in read_documents(config.input):
             text = normalise(get_text(document, settings.text_key, where), settings)
@@ -110,9 +121,20 @@ def _split(config: PrepareCorpus, folder: Path) -> _State:
             state.documents[reason] += 1
             state.bytes[reason] += len(data)
             if reason in writers:
-                writers[reason].write({"id": name, "text": text})
+                sentences = {"sentences": splitter.split(text)} if splitter else {}
+                writers[reason].write({"id": name, "text": text, **sentences})
             advance()
     return state
+
+
+def _make_splitter(config: PrepareCorpus, folder: Path) -> SentenceSplitter | None:
+    name = config.settings.sentences
+    if name != LEARNED:
+        return read_installed_splitter(name) if name else None
+    texts = limit_texts(read_texts(config.input, config.settings.text_key), _LEARNING_BYTES)
+    splitter = learn_splitter(normalise(text, config.settings) for text in texts)
+    write_splitter(splitter, folder / SENTENCES_FILE)
+    return splitter
 
 
 def _make_script(scripts: tuple[str, ...]) -> regex.Pattern[str] | None:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from megatron_adapt.config import CorpusSettings, PrepareCorpus
 from megatron_adapt.corpus.documents import read_documents
 from megatron_adapt.corpus.prepare import TRAIN_FILE, VALID_FILE, is_validation, prepare_corpus
+from megatron_adapt.corpus.sentences import read_splitter
 from megatron_adapt.errors import ConfigError, DataError
 from megatron_adapt.files import STAGE_FILE, is_finished, read_json
 
@@ -218,3 +219,21 @@ def test_a_script_share_without_scripts_is_refused(tmp_path):
     source = write(tmp_path / "a.jsonl", make_documents(0, 5))
     with pytest.raises(ConfigError, match=r"prepare\.min_script_share: the language's scripts are not named; add --sc"):
         prepare(tmp_path, source, min_script_share=0.5)
+
+
+def test_sentences_are_written_beside_the_text(tmp_path):
+    documents = [
+        {"id": f"d{number}", "text": f"House {number} is open! Is the other one?\nNo more of it."}
+        for number in range(60)
+    ]
+    source = write(tmp_path / "a.jsonl", documents)
+    config = prepare(tmp_path, source, sentences="learned")
+    for part in read_parts(config.output):
+        for document in part:
+            assert "".join(document["sentences"]) == document["text"]
+            assert len(document["sentences"]) == 3
+    assert read_splitter(config.output / "sentences.json").split("So. It is.") == ["So. ", "It is."]
+    plain = prepare(tmp_path, source, name="plain")
+    assert all("sentences" not in document for part in read_parts(plain.output) for document in part)
+    with pytest.raises(ConfigError, match="nltk_data has no punkt_tab/klingon"):
+        prepare(tmp_path, source, name="other", sentences="klingon")
