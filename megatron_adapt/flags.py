@@ -10,6 +10,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,6 +98,8 @@ def to_flags(config: Any) -> list[str]:
             flags += [flag if value else flag.replace("--", "--no-", 1)]
         elif isinstance(value, tuple):
             flags += [flag, *map(str, value)] if value else []
+        elif isinstance(value, dict):
+            flags += [flag, *map(str, chain.from_iterable(value.items()))] if value else []
         elif value is not None:
             flags += [flag, str(value)]
     return flags

@@ -8,7 +8,7 @@ Single values are checked here; checks against data live where the data is read.
 
 from megatron_adapt.config.base import BaseSettings, CreateBase
 from megatron_adapt.config.checkpoint import CheckpointSettings, ConvertCheckpoint
-from megatron_adapt.config.corpus import CorpusSettings, PrepareCorpus
+from megatron_adapt.config.corpus import CorpusSettings, ParallelSettings, PrepareCorpus, PrepareParallel
 from megatron_adapt.config.data import DataSettings, PreprocessData
 from megatron_adapt.config.evaluate import Evaluate, EvaluateSettings
 from megatron_adapt.config.tokenizer import BuildTokenizer, MeasureTokenizer, TokenizerSettings
@@ -26,7 +26,9 @@ __all__ = [
     "Evaluate",
     "EvaluateSettings",
     "MeasureTokenizer",
+    "ParallelSettings",
     "PrepareCorpus",
+    "PrepareParallel",
     "PreprocessData",
     "ResizeVocab",
     "StageSettings",

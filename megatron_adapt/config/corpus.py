@@ -59,3 +59,48 @@ class PrepareCorpus:
     overwrite: bool = False
     "Replace the output folder if it exists."
     settings: CorpusSettings = field(default_factory=CorpusSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSettings:
+    """Pairs of sentences to documents (table ``[parallel]``)."""
+
+    languages: tuple[str, str]
+    "Keys of the two texts in a JSON document; each pair is written in both directions."
+    format: Literal["plain", "instruction"] = "plain"
+    "plain: one text, then the other, the loss on both. instruction: a request to translate, the loss on the answer."
+    separator: str = "\n"
+    "Stands between the two texts."
+    instructions: dict[str, str] = field(default_factory=dict)
+    """The request per direction, for example en-ja = "Please translate the following English text into Japanese."."""
+    id_key: str = "id"
+    "Key of the pair's name; it decides training or validation."
+    group_separator: str = ""
+    """What separates the name of a page from the number of its sentence ("#" in "page#3"): a page is held out whole,
+    together with the documents of that name. Empty: every pair for itself."""
+    valid_share: float = 0.02
+    "Share of pairs held out for validation; the same as prepare.valid_share keeps pages together."
+
+    def __post_init__(self) -> None:
+        require(0 < self.valid_share < 1, f"parallel.valid_share: {self.valid_share} is not between 0 and 1")
+        first, second = self.languages
+        require(first != second, f"parallel.languages: {first!r} twice; name two languages")
+        directions = {f"{first}-{second}", f"{second}-{first}"} if self.format == "instruction" else set()
+        require(
+            set(self.instructions) == directions,
+            f"parallel.instructions: given for {sorted(self.instructions)}, needed for {sorted(directions)}; "
+            "name one request per direction, and none for the plain format",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareParallel:
+    """Turn pairs of translated sentences into training and validation documents."""
+
+    input: tuple[Path, ...]
+    "Files to read, in this order: one JSON object a line with a text per language."
+    output: Path
+    "Folder to write train-00000.jsonl.zst and valid-00000.jsonl.zst into."
+    overwrite: bool = False
+    "Replace the output folder if it exists."
+    settings: ParallelSettings

@@ -9,7 +9,7 @@ id fall on the same side in every language.
 
 Method, one pass in file order:
 
-1. ``_name_document`` finds the id (a hash of the text where there is none);
+1. ``name_document`` finds the id (a hash of the text where there is none);
 2. ``_decide`` drops empty texts, those that a rule refuses (``clean.RULES``), exact duplicates and near ones
    (``duplicates``), splits the rest with ``is_validation``, and closes the training part at ``max_bytes``;
 3. every decision is counted by reason.
@@ -116,7 +116,7 @@ def _split(config: PrepareCorpus, folder: Path) -> _State:
         for where, document in read_documents(config.input):
             text = normalise(get_text(document, settings.text_key, where), settings)
             data = text.encode()
-            name = _name_document(document, settings.id_key, data, where)
+            name = name_document(document, settings.id_key, data, where)
             reason = _decide(name, text, data, state)
             state.documents[reason] += 1
             state.bytes[reason] += len(data)
@@ -141,7 +141,12 @@ def _make_script(scripts: tuple[str, ...]) -> regex.Pattern[str] | None:
     return regex.compile(f"[{make_script_class(scripts, '--scripts')}]") if scripts else None
 
 
-def _name_document(document: dict[str, Any], id_key: str, data: bytes, where: str) -> str:
+def name_document(document: dict[str, Any], id_key: str, data: bytes, where: str) -> str:
+    """Return the id of a document, or a hash of its ``data`` where it has none.
+
+    Raises:
+        DataError: the id is neither a string nor a number.
+    """
     name = document.get(id_key)
     if name is None:
         return hashlib.blake2b(data, digest_size=16).hexdigest()
