@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import chain
 from pathlib import Path
@@ -36,6 +36,27 @@ def load_config(kind: type[ConfigT], argv: Sequence[str] | None = None) -> Confi
         return tyro.cli(kind, args=args, config=(tyro.conf.OmitArgPrefixes,), description=kind.__doc__)
     except AdaptError as error:
         _exit(error)
+
+
+def load_command(kinds: Mapping[str, type[Any]], argv: Sequence[str] | None = None) -> tuple[str, Any]:
+    """Build the config of a tool that has several commands; the first argument names one.
+
+    Returns:
+        The command's name and its config.
+
+    Raises:
+        SystemExit: as ``load_config``; also without a command, or with an unknown one.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] and args[0] in kinds:
+        return args[0], load_config(kinds[args[0]], args[1:])
+    listed = "\n".join(f"  {name:10}{(kind.__doc__ or '').splitlines()[0]}" for name, kind in kinds.items())
+    if {"-h", "--help"} & set(args[:1]):
+        sys.stdout.write(
+            f"usage: {Path(sys.argv[0]).name} COMMAND [flags]; every command has its own --help\n{listed}\n"
+        )
+        raise SystemExit(0)
+    _exit(ConfigError(f"{args[0] if args else 'no command'}: not one of {', '.join(kinds)}; add --help"))
 
 
 def _prepare_process() -> None:

@@ -9,13 +9,14 @@ from megatron_adapt.config import (
     ConvertCheckpoint,
     CorpusSettings,
     Evaluate,
+    MeasureTokenizer,
     PrepareCorpus,
     PreprocessData,
     TokenizerSettings,
 )
 from megatron_adapt.errors import ConfigError, DataError
 from megatron_adapt.files import write_json
-from megatron_adapt.flags import load_config, load_recipe, run_tool, split_pairs, to_flags
+from megatron_adapt.flags import load_command, load_config, load_recipe, run_tool, split_pairs, to_flags
 from megatron_adapt.recipe import read_recipe
 
 SETTINGS = CorpusSettings(valid_share=0.25, max_bytes=7)
@@ -253,3 +254,19 @@ def test_optional_tables_of_a_recipe_have_flags(tmp_path):
     assert recipe.base is not None
     assert recipe.base_train is not None
     assert (recipe.base.vocab_size, recipe.base_train.tokens) == (400, 77)
+
+
+def test_a_command_is_named_first_and_the_others_are_listed(capsys):
+    kinds = {"measure": MeasureTokenizer}
+    name, config = load_command(kinds, ["measure", "--tokenizers", "a=b", "--corpora", "c=d"])
+    assert (name, config.tokenizers) == ("measure", ("a=b",))
+    for args, message in (
+        ([], "error: no command: not one of measure"),
+        (["count"], "error: count: not one of measure"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            load_command(kinds, args)
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        load_command(kinds, ["--help"])
+    assert "  measure   Compare tokenizers on corpora" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from megatron_adapt.config.checkpoint import CheckpointSettings, ConvertCheckpoi
 from megatron_adapt.config.corpus import CorpusSettings, ParallelSettings, PrepareCorpus, PrepareParallel
 from megatron_adapt.config.data import DataSettings, PreprocessData
 from megatron_adapt.config.evaluate import Evaluate, EvaluateSettings
+from megatron_adapt.config.inspect import CheckTokens, DescribeTokens, MergeTokens, ShowTokens
 from megatron_adapt.config.tokenizer import BuildTokenizer, MeasureTokenizer, TokenizerSettings
 from megatron_adapt.config.train import StageSettings, TrainSettings
 from megatron_adapt.config.vocab import ResizeVocab, VocabSettings
@@ -18,19 +19,23 @@ from megatron_adapt.config.vocab import ResizeVocab, VocabSettings
 __all__ = [
     "BaseSettings",
     "BuildTokenizer",
+    "CheckTokens",
     "CheckpointSettings",
     "ConvertCheckpoint",
     "CorpusSettings",
     "CreateBase",
     "DataSettings",
+    "DescribeTokens",
     "Evaluate",
     "EvaluateSettings",
     "MeasureTokenizer",
+    "MergeTokens",
     "ParallelSettings",
     "PrepareCorpus",
     "PrepareParallel",
     "PreprocessData",
     "ResizeVocab",
+    "ShowTokens",
     "StageSettings",
     "TokenizerSettings",
     "TrainSettings",

@@ -61,6 +61,13 @@ def read_record(prefix: Path) -> TokensRecord:
     return TokensRecord(**values)
 
 
+def read_appended_eod(prefix: Path) -> int | None:
+    """Return the id that ends every document of a tokens prefix; None if documents were written without one."""
+    record, config = read_record(prefix), read_json(record_path(prefix)).get("config")
+    settings = config.get("settings") if isinstance(config, Mapping) else None
+    return record.eod_id if isinstance(settings, Mapping) and settings.get("append_eod") else None
+
+
 def data_fingerprint(prefix: Path) -> str:
     """Return a hash of both files' contents (sampled in large files); it does not depend on their place."""
     return f"{fingerprint(idx_path(prefix))}-{fingerprint(bin_path(prefix))}"
