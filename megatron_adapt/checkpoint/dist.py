@@ -97,6 +97,13 @@ class DistWriter:
         self._save(MetadataIndex(key), [value])
         self._objects.append(key)
 
+    def copy_object(self, key: str, source: "DistReader") -> None:
+        """Copy a value that ``source`` holds beside its tensors, without unpickling it."""
+        offset = self._file.tell()
+        self._file.write(source.read_object(key))
+        self._place(MetadataIndex(key), offset)
+        self._objects.append(key)
+
     def write_common(self, values: Mapping[str, Any]) -> None:
         """Set what goes to ``common.pt``: plain values that are the same on every rank."""
         self._common = dict(values)
@@ -104,6 +111,9 @@ class DistWriter:
     def _save(self, index: MetadataIndex, value: Any) -> None:
         offset = self._file.tell()
         torch.save(value, self._file)
+        self._place(index, offset)
+
+    def _place(self, index: MetadataIndex, offset: int) -> None:
         name = Path(self._file.name).name
         self._storage[index] = _StorageInfo(relative_path=name, offset=offset, length=self._file.tell() - offset)
 
@@ -150,17 +160,46 @@ class DistReader:
             for key, value in metadata.state_dict_metadata.items()
             if isinstance(value, TensorStorageMetadata)
         }
-        self._places = {
-            (index.fqn, tuple(index.offset)): info
-            for index, info in metadata.storage_data.items()
-            if index.offset is not None
-        }
+        self._places: dict[tuple[str, tuple[int, ...]], _StorageInfo] = {}
+        self._objects: dict[str, _StorageInfo] = {}
+        for index, info in metadata.storage_data.items():
+            if index.offset is None:
+                self._objects[index.fqn] = info
+            else:
+                self._places[index.fqn, tuple(index.offset)] = info
+        self._values: dict[tuple[str, tuple[int, ...]], int] = {}
         _check_files(folder, list(metadata.storage_data.values()))
 
     @property
     def keys(self) -> list[str]:
         """Keys of all tensors, those of an optimizer included."""
         return list(self._tensors)
+
+    @property
+    def object_keys(self) -> list[str]:
+        """Keys of the values that are no tensors."""
+        return list(self._objects)
+
+    def read_object(self, key: str) -> bytes:
+        """Return a value that is no tensor, as the pickle it is stored as."""
+        info = self._objects[key]
+        with (self.folder / info.relative_path).open("rb") as file:
+            return os.pread(file.fileno(), info.length, info.offset)
+
+    def read_common(self) -> dict[str, Any]:
+        """Return the values of ``common.pt``: settings and counts, nothing that runs code.
+
+        Raises:
+            CheckpointError: the file is damaged, or holds more than plain values.
+        """
+        path = self.folder / COMMON_FILE
+        try:
+            common: dict[str, Any] = torch.load(path, weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise CheckpointError(
+                f"{path}: damaged, or not plain values ({type(error).__name__}); save it again"
+            ) from None
+        return common
 
     def shape(self, key: str) -> tuple[int, ...] | None:
         """Return the global shape of a tensor, or None when there is no such key."""
@@ -206,8 +245,11 @@ class DistReader:
         row = TensorSpec(tuple(chunk.sizes[axis + 1 :]), dtype)
         first, last = begin[axis] - chunk.offsets[axis], end[axis] - chunk.offsets[axis]
         rows = TensorSpec((*[1] * axis, last - first, *row.shape), dtype)
+        place = key, tuple(chunk.offsets)
         with (self.folder / info.relative_path).open("rb") as file:
-            start = _find_values(file.fileno(), info, tuple(chunk.sizes), f"{file.name}: {key}")
+            if place not in self._values:  # rows are read one by one where new ones are computed from them
+                self._values[place] = _find_values(file.fileno(), info, tuple(chunk.sizes), f"{file.name}: {key}")
+            start = self._values[place]
             values = read_values(file.fileno(), start + first * row.num_bytes, rows)
         inner = [slice(a - o, b - o) for a, b, o in zip(begin, end, chunk.offsets, strict=True)][axis + 1 :]
         return values[(*[slice(None)] * (axis + 1), *inner)]

@@ -18,11 +18,13 @@ class ResizeVocab:
     """Give a model the rows of an extended tokenizer; old rows stay bit-identical."""
 
     model: Path
-    "Hugging Face folder of the base model, with its tokenizer."
+    "Hugging Face folder of the base model, or Megatron checkpoint, with its tokenizer."
     tokenizer: Path
-    "Folder of the extended tokenizer."
+    "Folder of the tokenizer that tools/build_tokenizer.py made from the model's."
     output: Path
-    "Hugging Face folder to write."
+    "Folder to write, of the same kind."
+    vocab_pad_multiple: int = 1024
+    "A Megatron checkpoint pads the vocabulary to a multiple of this, so that it loads at any TP up to 8."
     overwrite: bool = False
     "Replace the output folder if it exists."
     settings: VocabSettings = field(default_factory=VocabSettings)

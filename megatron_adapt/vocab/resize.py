@@ -1,12 +1,12 @@
-"""Give a Hugging Face model the rows of a tokenizer made from its own.
+"""Give a model the rows of a tokenizer made from its own.
 
-Reads: a model folder with its tokenizer, and the folder of the new tokenizer with ``added_pieces.json``. Writes: a
-model folder with the new tokenizer. Guarantees: rows are written by token id, never as a tail slice; the row of a token
-that stays is copied byte by byte wherever its id moved, and so are all other tensors; input matrix and output head are
-filled separately, from their own rows.
+Reads: a Hugging Face folder with its tokenizer (a Megatron checkpoint goes to ``resize_megatron``), and the folder of
+the new tokenizer with ``added_pieces.json``. Writes: a model folder with the new tokenizer. Guarantees: rows are
+written by token id, never as a tail slice; the row of a token that stays is copied byte by byte wherever its id moved,
+and so are all other tensors; input matrix and output head are filled separately, from their own rows.
 
 1. ``read_id_map`` says which old id each new id stands for, and which old pieces spell each new token;
-2. ``_check_fit`` refuses a tokenizer that was not made from this model's;
+2. ``check_fit`` refuses a tokenizer that was not made from this model's;
 3. ``_write_weights`` copies all tensors block by block, the rows of the vocabulary matrices by id (``_copy_rows``);
 4. ``_fill_matrix`` writes the new rows (``fill``). Spare rows beyond the old tokenizer are dropped.
 
@@ -14,7 +14,7 @@ Cost: time of one copy plus one read of the old rows used; memory of one 64 MiB 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +26,14 @@ from megatron_adapt.checkpoint.layout import EMBEDDING, HEAD, check_hf_tensors
 from megatron_adapt.checkpoint.root import is_megatron_checkpoint
 from megatron_adapt.checkpoint.values import TensorSpec, list_row_blocks
 from megatron_adapt.config import ResizeVocab
-from megatron_adapt.errors import CheckpointError
 from megatron_adapt.files import STAGE_FILE, replace_folder, write_stage
 from megatron_adapt.logs import Advance, show_progress
 from megatron_adapt.shape import LlamaShape
 from megatron_adapt.tokenizer.id_map import IdMap, read_id_map
-from megatron_adapt.tokenizer.pieces import LoadedTokenizer, read_tokenizer
+from megatron_adapt.tokenizer.pieces import read_tokenizer
 from megatron_adapt.vocab.fill import FILL_METHODS
+from megatron_adapt.vocab.fit import check_fit, list_runs
+from megatron_adapt.vocab.resize_megatron import resize_megatron
 
 _logger = logging.getLogger(__name__)
 
@@ -56,21 +57,19 @@ def resize_vocab(config: ResizeVocab) -> None:
     """Write the model with one row per token of the extended tokenizer.
 
     Raises:
-        CheckpointError: the model is incomplete, a Megatron checkpoint, or does not fit the tokenizer.
+        CheckpointError: the model is incomplete, or does not fit the tokenizer.
         ConfigError: the model is not supported, or the output exists.
         DataError: the tokenizer folder is incomplete.
     """
     if is_megatron_checkpoint(config.model):
-        raise CheckpointError(
-            f"--model: {config.model} is a Megatron checkpoint; convert it (tools/convert_checkpoint.py --to hf), "
-            "resize that folder, and convert it back (--to megatron)"
-        )
+        resize_megatron(config)
+        return
     shape = read_hf_shape(config.model)
     source = HFFolder(config.model)
     check_hf_tensors({name: source.shape(name) for name in source.names}, shape, str(config.model))
     tokenizer = read_tokenizer(config.tokenizer)
     id_map = read_id_map(tokenizer)
-    _check_fit(config.model, shape, tokenizer, id_map)
+    check_fit(config.model, shape.vocab_size, find_tokenizer(None, config.model), tokenizer, id_map)
     with replace_folder(config.output, overwrite=config.overwrite) as partial:
         _write_weights(source, partial, shape, id_map, config.settings.method)
         hf_config = {**read_config(config.model), "vocab_size": tokenizer.vocab_size}
@@ -84,31 +83,6 @@ def resize_vocab(config: ResizeVocab) -> None:
         write_stage(partial / STAGE_FILE, config=config, inputs=[config.model, config.tokenizer], counts=counts)
     kept = id_map.vocab_size - len(id_map.pieces)
     _logger.info("%s: %d rows kept, %d filled by %s", config.output, kept, len(id_map.pieces), config.settings.method)
-
-
-def _check_fit(model: Path, shape: LlamaShape, tokenizer: LoadedTokenizer, id_map: IdMap) -> None:
-    """Refuse a tokenizer that was not made from the one of this model."""
-    own, base_size = find_tokenizer(None, model), id_map.base_vocab_size
-    # Spare rows beyond the model's own tokenizer are common; without that tokenizer they cannot be told from lost ones.
-    fits = shape.vocab_size == base_size if own is None else own.vocab_size == base_size <= shape.vocab_size
-    if not fits:
-        said = "" if own is None else f" (its tokenizer {own.vocab_size} tokens)"
-        raise CheckpointError(
-            f"{model}: has {shape.vocab_size} vocabulary rows{said}, but {tokenizer.folder} was made from a base of "
-            f"{base_size} tokens; build the tokenizer from this model's: tools/build_tokenizer.py --base {model}"
-        )
-    if own is None or own.kind != tokenizer.kind:
-        return
-    for index in range(tokenizer.vocab_size):
-        old_id = id_map.old_id(index)
-        if old_id is None:
-            continue
-        old, new = own.tokenizer.id_to_token(old_id), tokenizer.tokenizer.id_to_token(index)
-        if old != new:
-            raise CheckpointError(
-                f"{tokenizer.folder}: id {index} is {new!r}, in the model's tokenizer {old!r}; "
-                f"build the tokenizer from this model's: tools/build_tokenizer.py --base {model}"
-            )
 
 
 def _write_weights(source: HFFolder, target: Path, shape: LlamaShape, id_map: IdMap, method: str) -> None:
@@ -133,26 +107,11 @@ def _copy_rows(
     source: HFFolder, writer: HFWriter, name: str, spec: TensorSpec, id_map: IdMap, advance: Advance
 ) -> None:
     """Copy the rows of the tokens that stay, in runs of neighbours."""
-    max_rows = next(stop - start for start, stop in list_row_blocks(spec))
-    for new, old, count in _list_runs(id_map, max_rows):
-        rows = source.read_rows(name, old, old + count)
-        writer.write_rows(name, new, rows)
-        advance(rows.nbytes / 1e6)
-
-
-def _list_runs(id_map: IdMap, max_rows: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (new id, old id, count) of kept tokens that stand side by side in both vocabularies."""
-    run: tuple[int, int, int] | None = None
-    for new in range(id_map.vocab_size):
-        old = id_map.old_id(new)
-        if run and old is not None and run[2] < max_rows and (new, old) == (run[0] + run[2], run[1] + run[2]):
-            run = (run[0], run[1], run[2] + 1)
-            continue
-        if run:
-            yield run
-        run = None if old is None else (new, old, 1)
-    if run:
-        yield run
+    for start, stop in list_row_blocks(spec):
+        for new, old, count in list_runs(id_map, start, stop):
+            rows = source.read_rows(name, old, old + count)
+            writer.write_rows(name, new, rows)
+            advance(rows.nbytes / 1e6)
 
 
 def _fill_matrix(

@@ -184,14 +184,6 @@ def test_rows_follow_tokens_that_moved_and_dropped_ones_are_gone(tmp_path, model
     assert json.loads((tmp_path / "out" / "stage.json").read_text())["counts"]["moved_rows"] == 2
 
 
-def test_a_megatron_checkpoint_is_sent_round_by_the_converter(tmp_path, model, tokenizer):
-    root = tmp_path / "megatron"
-    convert_checkpoint(ConvertCheckpoint(source=model, to="megatron", output=root))
-    for folder in (root, root / "release"):
-        with pytest.raises(CheckpointError, match=r"is a Megatron checkpoint; convert it .* resize that folder"):
-            _resize(folder, tokenizer, tmp_path / "out")
-
-
 def test_an_existing_output_is_kept_unless_told_otherwise(tmp_path, model, tokenizer):
     _resize(model, tokenizer, tmp_path / "out")
     with pytest.raises(ConfigError, match="exists already"):
