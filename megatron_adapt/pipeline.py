@@ -33,7 +33,9 @@ from megatron_adapt.config import (
     ResizeVocab,
     StageSettings,
 )
+from megatron_adapt.config.names import get_language
 from megatron_adapt.data.index import bin_path, idx_path
+from megatron_adapt.data.plan import check_trained
 from megatron_adapt.data.record import record_path
 from megatron_adapt.errors import ConfigError
 from megatron_adapt.evaluate.report import show_table, write_report
@@ -93,16 +95,16 @@ def check_recipe(recipe: Recipe) -> None:
     """Refuse in a second what would otherwise fail after hours.
 
     Raises:
-        ConfigError: no training stage, no file for a language, or a layout that does not fit the model.
+        ConfigError: no training stage, no file for a source, or a layout that does not fit the model.
         DataError: a file of the corpus is missing.
     """
     if not recipe.train.stages:
         raise ConfigError("train.stages: empty; add a [[train.stages]] table to the recipe")
-    for language, files in recipe.corpus.items():
+    for source, files in recipe.corpus.items():
         if not files:
-            raise ConfigError(f"corpus.{language}: names no file; add --corpus.{language} FILE")
+            raise ConfigError(f"corpus.{source}: names no file; add --corpus.{source} FILE")
         for file in files:
-            require_file(Path(file), f"corpus.{language}")
+            require_file(Path(file), f"corpus.{source}")
     tables = [recipe.base, recipe.base_train]
     if tables.count(None) != (0 if recipe.base_model is None else 2):
         raise ConfigError("base_model: give either base_model or both tables [base] and [base_train]")
@@ -155,10 +157,10 @@ def _get_base(recipe: Recipe) -> tuple[BaseSettings, StageSettings]:
 
 
 def plan_corpus(recipe: Recipe, run: RunFolder) -> Iterator[Command]:
-    """Yield one call of prepare_corpus per language."""
-    for language in (*recipe.old_languages, *recipe.new_languages):
-        output = run.corpus(language)
-        files = tuple(Path(file) for file in recipe.corpus[language])
+    """Yield one call of prepare_corpus per source."""
+    for source in recipe.list_sources(*recipe.old_languages, *recipe.new_languages):
+        output = run.corpus(source)
+        files = tuple(Path(file) for file in recipe.corpus[source])
         config = PrepareCorpus(input=files, output=output, overwrite=True, settings=recipe.prepare)
         yield Command("prepare_corpus", config, output / STAGE_FILE)
 
@@ -168,19 +170,20 @@ def plan_base(recipe: Recipe, run: RunFolder) -> Iterator[Command]:
     if recipe.base_model is not None:
         return
     base, (settings, stage) = run.base, _get_base(recipe)
-    corpus = tuple(run.corpus_part(language, "train") for language in recipe.old_languages)
+    sources = recipe.list_sources(*recipe.old_languages)
+    corpus = tuple(run.corpus_part(source, "train") for source in sources)
     config = CreateBase(corpus=corpus, output=base.scratch, overwrite=True, settings=settings)
     yield Command("create_base", config, base.scratch / STAGE_FILE)
     yield _convert(recipe, base.scratch, "megatron", base.megatron)
-    for language in recipe.old_languages:
-        yield from _tokenise(recipe, run, base, language, base.scratch)
+    for source in sources:
+        yield from _tokenise(recipe, run, base, source, base.scratch)
     yield _train(recipe, base, stage)
     yield _convert(recipe, base.checkpoints(stage.name), "hf", base.export(stage.name))
 
 
 def plan_adaptation(recipe: Recipe, run: RunFolder, base_model: Path) -> Iterator[Command]:
     """Yield the calls from the base model to the exports of every training stage."""
-    corpus = tuple(run.corpus_part(language, "train") for language in recipe.new_languages)
+    corpus = tuple(run.corpus_part(source, "train") for source in recipe.list_sources(*recipe.new_languages))
     build = BuildTokenizer(
         base=base_model, corpus=corpus, output=run.tokenizer, overwrite=True, settings=recipe.tokenizer
     )
@@ -190,17 +193,17 @@ def plan_adaptation(recipe: Recipe, run: RunFolder, base_model: Path) -> Iterato
     )
     yield Command("resize_vocab", resize, run.resized / STAGE_FILE)
     yield _convert(recipe, run.resized, "megatron", run.megatron)
-    for language in (*recipe.old_languages, *recipe.new_languages):
-        yield from _tokenise(recipe, run, run, language, run.tokenizer)
+    for source in recipe.list_sources(*recipe.old_languages, *recipe.new_languages):
+        yield from _tokenise(recipe, run, run, source, run.tokenizer)
     for stage in recipe.train.stages:
         yield _train(recipe, run, stage)
         yield _convert(recipe, run.checkpoints(stage.name), "hf", run.export(stage.name))
 
 
 def plan_results(recipe: Recipe, run: RunFolder, base_model: Path) -> Iterator[Command]:
-    """Yield the calls that score the models and the tokenizers on the validation documents."""
-    languages = (*recipe.old_languages, *recipe.new_languages)
-    corpora = tuple(f"{language}={run.corpus_part(language, 'valid')}" for language in languages)
+    """Yield the calls that score the models and the tokenizers, per language, on the documents its sources held out."""
+    sources = recipe.list_sources(*recipe.old_languages, *recipe.new_languages)
+    corpora = tuple(f"{get_language(source)}={run.corpus_part(source, 'valid')}" for source in sources)
     stages = (f"{stage.name}={run.export(stage.name)}" for stage in recipe.train.stages)
     models = (f"base={base_model}", f"resized={run.resized}", *stages)
     scores = run.root / "evaluation.json"
@@ -219,11 +222,11 @@ def _convert(recipe: Recipe, source: Path, to: Any, output: Path) -> Command:
     return Command("convert_checkpoint", config, output / STAGE_FILE)
 
 
-def _tokenise(recipe: Recipe, run: RunFolder, target: RunFolder, language: str, tokenizer: Path) -> Iterator[Command]:
+def _tokenise(recipe: Recipe, run: RunFolder, target: RunFolder, source: str, tokenizer: Path) -> Iterator[Command]:
     for part in ("train", "valid"):
-        prefix = target.tokens(language, part)
+        prefix = target.tokens(source, part)
         config = PreprocessData(
-            input=(run.corpus_part(language, part),),
+            input=(run.corpus_part(source, part),),
             tokenizer=tokenizer,
             output_prefix=prefix,
             overwrite=True,
@@ -241,12 +244,15 @@ def run_commands(commands: list[Command], recipe: Recipe, tools: Path) -> None:
     """Run the commands that are not finished, each as its own process.
 
     Raises:
-        CheckpointError: a training stage was finished under other settings; nothing is thrown away unasked.
+        CheckpointError: a training stage was finished under other settings or on another plan; nothing is thrown
+            away unasked.
         SystemExit: a command failed; its own message stands above, its exit code is passed on.
     """
     for number, command in enumerate(commands, start=1):
         title = f"[{number}/{len(commands)}] {command.tool} {command.stage}".rstrip()
         if command.is_finished():
+            if command.stage:
+                check_trained(recipe, command.stage)
             _logger.info("%s: finished before", title)
             continue
         argv = _make_argv(command, recipe, tools)

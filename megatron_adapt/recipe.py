@@ -8,7 +8,7 @@ import difflib
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from megatron_adapt.config import (
     TrainSettings,
     VocabSettings,
 )
+from megatron_adapt.config.names import get_language, is_source_name
 from megatron_adapt.errors import ConfigError
 from megatron_adapt.files import read_json
 
@@ -39,7 +40,7 @@ class Recipe:
     new_languages: tuple[str, ...]
     "Languages it shall learn."
     corpus: dict[str, tuple[str, ...]]
-    "Files of raw documents per language."
+    "Files of raw documents per language; a language of several sources has LANGUAGE/SOURCE for each."
     base_model: Path | None = None
     "Hugging Face folder of the base model. Without it, [base] and [base_train] make one from scratch."
     prepare: CorpusSettings = field(default_factory=CorpusSettings)
@@ -53,20 +54,66 @@ class Recipe:
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
 
     def __post_init__(self) -> None:
-        languages = set(self.old_languages) | set(self.new_languages)
-        for language in sorted(languages - set(self.corpus)):
-            raise ConfigError(f"corpus: no files for {language!r}; add corpus.{language} to the recipe")
-        for stage in (*self.train.stages, *([self.base_train] if self.base_train else [])):
-            for language in sorted(set(stage.blend) - languages):
-                raise ConfigError(
-                    f"train.stages {stage.name}: blend.{language} is not among old_languages and new_languages"
-                )
         for language in sorted(set(self.old_languages) & set(self.new_languages)):
             raise ConfigError(f"new_languages: {language!r} is among old_languages too; keep it in one")
+        self._check_corpus()
+        for stage in (*self.train.stages, *([self.base_train] if self.base_train else [])):
+            self._check_stage(stage)
         for stage in self.train.stages:
             taken = ("base", "resized", *([self.base_train.name] if self.base_train else []))
             if stage.name in taken:
                 raise ConfigError(f"train.stages {stage.name}: the name is taken by another model; rename the stage")
+
+    def list_sources(self, *languages: str) -> tuple[str, ...]:
+        """Return the sources of languages: ``ja``, or ``ja/wiki`` and ``ja/web``."""
+        return tuple(source for language in languages for source in self.corpus if get_language(source) == language)
+
+    def list_stage_sources(self, stage: StageSettings) -> tuple[str, ...]:
+        """Return the sources that a stage reads: all of its languages', or those it gives a weight."""
+        sources: list[str] = []
+        for language in stage.blend:
+            own = self.list_sources(language)
+            weighted = [source for source in own if source in stage.weights]
+            sources += weighted if stage.within == "weight" and len(own) > 1 else own
+        return tuple(sources)
+
+    def _check_corpus(self) -> None:
+        languages = set(self.old_languages) | set(self.new_languages)
+        for source in self.corpus:
+            if not is_source_name(source):
+                raise ConfigError(
+                    f"corpus.{source}: no name of a corpus; write LANGUAGE, or LANGUAGE/SOURCE for one of several"
+                )
+            language = get_language(source)
+            if language not in languages:
+                raise ConfigError(
+                    f"corpus.{source}: {language!r} is not among old_languages and new_languages; add it or correct "
+                    "the name"
+                )
+            if source != language and language in self.corpus:
+                raise ConfigError(f"corpus.{language}: there is {source} too; name both {language}/SOURCE")
+        for language in sorted(languages - set(map(get_language, self.corpus))):
+            raise ConfigError(f"corpus: no files for {language!r}; add corpus.{language} to the recipe")
+
+    def _check_stage(self, stage: StageSettings) -> None:
+        where = f"train.stages {stage.name}"
+        for language in sorted(set(stage.blend) - set(self.old_languages) - set(self.new_languages)):
+            raise ConfigError(f"{where}: blend.{language} is not among old_languages and new_languages")
+        sources = self.list_sources(*stage.blend)
+        _check_names(f"{where}: weights", stage.weights, sources)
+        weighted = set(map(get_language, stage.weights))
+        for language in stage.blend:
+            if stage.within == "weight" and language not in weighted and len(self.list_sources(language)) > 1:
+                raise ConfigError(f"{where}: weights name no source of {language!r}; name those it shall read")
+        _check_names(f"{where}: max_epochs", stage.max_epochs, (*stage.blend, *self.list_stage_sources(stage)))
+
+
+def _check_names(where: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a name that a stage does not read."""
+    known = list(dict.fromkeys(known))
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{where}.{name}: the stage reads nothing of that name; use {', '.join(known)}")
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -1,7 +1,8 @@
 """Where every stage of a run keeps its files: the layout of ``work_dir``.
 
-``corpus/<lang>/``, ``tokenizer/``, ``resized/``, ``megatron/``, ``tokens/<lang>-{train,valid}.{bin,idx}``,
-``checkpoints/<stage>/``, ``export/<stage>/``; a base made from scratch has the same folders under ``base/``.
+``corpus/<source>/``, ``tokenizer/``, ``resized/``, ``megatron/``, ``tokens/<source>-{train,valid}.{bin,idx}``,
+``plans/``, ``checkpoints/<stage>/``, ``export/<stage>/``; a base made from scratch has the same folders under
+``base/``. A source is a language, or LANGUAGE/SOURCE: ``tokens/ja/wiki-train.bin``.
 """
 
 from dataclasses import dataclass
@@ -45,21 +46,30 @@ class RunFolder:
         """Megatron checkpoint that the first stage starts from."""
         return self.root / "megatron"
 
-    def corpus(self, language: str) -> Path:
-        """Folder of the prepared documents of a language."""
-        return self.root / "corpus" / language
+    def corpus(self, source: str) -> Path:
+        """Folder of the prepared documents of a source."""
+        return self.root / "corpus" / source
 
-    def corpus_part(self, language: str, part: str) -> Path:
+    def corpus_part(self, source: str, part: str) -> Path:
         """File of the documents of one part, "train" or "valid"."""
-        return self.corpus(language) / f"{part}-00000.jsonl.zst"
+        return self.corpus(source) / f"{part}-00000.jsonl.zst"
 
-    def tokens(self, language: str, part: str) -> Path:
+    def tokens(self, source: str, part: str) -> Path:
         """Prefix of the token files of one part, "train" or "valid"."""
-        return self.root / "tokens" / f"{language}-{part}"
+        return self.root / "tokens" / f"{source}-{part}"
 
     def checkpoints(self, stage: str) -> Path:
         """Root of the checkpoints of a stage."""
         return self.root / "checkpoints" / stage
+
+    def plan(self, stage: str) -> Path:
+        """Plan of the blend that a stage is trained on."""
+        return self.checkpoints(stage) / "plan.json"
+
+    @property
+    def plans(self) -> Path:
+        """Folder of the plans that tools/plan_blend.py makes before anything is trained."""
+        return self.root / "plans"
 
     def export(self, stage: str) -> Path:
         """Hugging Face folder of the last checkpoint of a stage."""

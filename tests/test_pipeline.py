@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_adapt.checkpoint.hf import HFFolder
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.flags import load_recipe
-from megatron_adapt.pipeline import Command, plan_adaptation, run_commands
+from megatron_adapt.pipeline import Command, plan_adaptation, plan_corpus, plan_results, run_commands
 from megatron_adapt.run_folder import RunFolder
 from tests.helpers.runs import make_run, train_stage
 
@@ -75,6 +76,46 @@ def test_commands_follow_the_pipeline(tmp_path):
         "build_tokenizer", "resize_vocab", "convert_checkpoint", *["preprocess_data"] * 4,
         "pretrain", "convert_checkpoint", "pretrain", "convert_checkpoint",
     ]  # fmt: skip
+
+
+def test_sources_of_a_language_are_made_apart_and_scored_together(tmp_path):
+    path = make_run(tmp_path)
+    raw = tmp_path / "raw"
+    path.write_text(
+        path.read_text().replace(f'xx = ["{raw}/xx.jsonl"]', f'"xx/a" = ["{raw}/a.jsonl"]\n"xx/b" = ["{raw}/b.jsonl"]')
+    )
+    recipe = load(path, "--corpus.xx/b", f"{raw}/c.jsonl")
+    run = RunFolder(recipe.work_dir)
+    prepared = {item.record.parent: item.config.input for item in plan_corpus(recipe, run)}
+    assert prepared == {
+        run.root / "corpus" / source: (raw / file,)
+        for source, file in (("en", "en.jsonl"), ("xx/a", "a.jsonl"), ("xx/b", "c.jsonl"))
+    }
+    build, *others = plan_adaptation(recipe, run, recipe.base_model)
+    assert build.config.corpus == (run.corpus_part("xx/a", "train"), run.corpus_part("xx/b", "train"))
+    prefixes = [item.config.output_prefix for item in others if item.tool == "preprocess_data"]
+    assert prefixes == [
+        run.root / "tokens" / f"{source}-{part}" for source in ("en", "xx/a", "xx/b") for part in ("train", "valid")
+    ]
+    evaluate, measure = plan_results(recipe, run, recipe.base_model)
+    held_out = [("en", "en"), ("xx", "xx/a"), ("xx", "xx/b")]
+    assert evaluate.config.corpora == measure.config.corpora
+    assert evaluate.config.corpora == tuple(f"{name}={run.corpus_part(source, 'valid')}" for name, source in held_out)
+
+
+def test_finished_stage_of_another_plan_is_not_taken_for_this_one(tmp_path):
+    path = make_run(tmp_path)
+    train_stage(path, "first")
+    recipe = load(path)
+    commands = [item for item in plan_adaptation(recipe, RunFolder(recipe.work_dir), recipe.base_model) if item.stage]
+    run_commands(commands[:1], recipe, ROOT / "tools")
+    for file in (tmp_path / "run" / "tokens").glob("en-*"):
+        moved = tmp_path / "run" / "tokens" / "en" / file.name.replace("en-", "wiki-")
+        moved.parent.mkdir(exist_ok=True)
+        shutil.copy(file, moved)
+    path.write_text(path.read_text().replace("en = [", '"en/wiki" = ['))
+    with pytest.raises(CheckpointError, match=r"\(sources en, xx, now en/wiki, xx\); restore them, or remove"):
+        run_commands(commands[:1], load(path), ROOT / "tools")
 
 
 def test_finished_stage_under_other_settings_is_not_thrown_away(tmp_path):

@@ -18,7 +18,7 @@ class CorpusSettings:
     valid_share: float = 0.02
     "Share of documents held out for validation, chosen by a hash, so that appending files moves none."
     max_bytes: int = 0
-    "Keep at most this many bytes of training text per language, in file order; 0 keeps all."
+    "Keep at most this many bytes of training text per source, in file order; 0 keeps all."
     normal_form: Literal["none", "NFC", "NFKC"] = "none"
     "Unicode normal form the text is brought into."
     min_characters: int = 0

@@ -15,7 +15,7 @@ class EvaluateSettings:
     batch_size: int = 8
     "Windows in one forward pass."
     max_bytes: int = 200_000
-    "Text scored per language, in bytes; 0 scores all."
+    "Text scored per language, in bytes, an equal part of it from each file; 0 scores all."
 
     def __post_init__(self) -> None:
         for name in ("seq_length", "batch_size"):

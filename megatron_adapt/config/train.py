@@ -1,9 +1,12 @@
 """Settings of the train stage."""
 
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_adapt.config.names import get_language
 from megatron_adapt.config.require import require
 
 
@@ -16,7 +19,19 @@ class StageSettings:
     tokens: int
     "Tokens to train on; rounded up to whole steps."
     blend: dict[str, float]
-    "Share of tokens per language; the shares are divided by their sum."
+    "Share of tokens per language: shares that sum to 1, or parts of at least 1 each, such as 9 and 1."
+    within: Literal["size", "weight", "temperature"] = "size"
+    "How sources share their language: size, by the tokens they hold; weight; temperature, by tokens ** (1 / it)."
+    weights: dict[str, float] = field(default_factory=dict)
+    "Share of its language's tokens per source, by the rule of blend; sources it does not name are not read."
+    temperature: float = 1.0
+    "For within = temperature: 1 is by size, larger ones lean to equal parts (Arivazhagan et al. 2019 use 5)."
+    max_epochs: dict[str, float] = field(default_factory=dict)
+    "How often a language or a source may be read, with what the stages before have read; empty: as often as asked."
+    shortfall: Literal["fail", "redistribute", "cap"] = "fail"
+    "Where max_epochs allows too little: fail; redistribute, others grow and the budget stays; cap, the budget shrinks."
+    continue_blend: bool = True
+    "Begin each source where the stages before stopped reading it; otherwise read it in a new order from its start."
     trainable: Literal["embeddings", "all"] = "all"
     "embeddings: input embedding and output head only; all: every parameter."
     lr: float = 1e-4
@@ -31,8 +46,8 @@ class StageSettings:
         require(self.tokens > 0, f"{where}: tokens {self.tokens} is not positive")
         require(bool(self.blend), f"{where}: blend is empty; name at least one language and its share")
         require(re.fullmatch(r"\w[\w.-]*", self.name) is not None, f"{where}: the name must be a plain word")
-        for language, share in self.blend.items():
-            require(share > 0, f"{where}: blend.{language} {share} is not positive; leave the language out")
+        _check_ratio(where, "blend", self.blend, "language")
+        self._check_sources(where)
         require(
             self.lr > self.min_lr >= 0,
             f"{where}: lr {self.lr} and min_lr {self.min_lr} must fall and be >= 0",
@@ -41,6 +56,44 @@ class StageSettings:
             0 <= self.lr_warmup_fraction < 1,
             f"{where}: lr_warmup_fraction {self.lr_warmup_fraction} is not between 0 and 1",
         )
+
+    def _check_sources(self, where: str) -> None:
+        """Refuse wrong values of what splits a language over its sources, and such that have no effect."""
+        by_weight, by_temperature = self.within == "weight", self.within == "temperature"
+        require(by_weight or not self.weights, f'{where}: weights have no effect without within = "weight"; add it')
+        require(bool(self.weights) or not by_weight, f'{where}: within = "weight" needs weights; name the sources')
+        for language in dict.fromkeys(map(get_language, self.weights)):
+            own = {source: weight for source, weight in self.weights.items() if get_language(source) == language}
+            _check_ratio(where, "weights", own, "source", f" of {language}")
+        require(
+            math.isfinite(self.temperature) and self.temperature >= 1,
+            f"{where}: temperature {self.temperature} is no number from 1; 1 is by size, 5 is usual",
+        )
+        require(
+            by_temperature or self.temperature == 1,
+            f'{where}: temperature has no effect without within = "temperature"; add it',
+        )
+        for name, epochs in self.max_epochs.items():
+            require(
+                math.isfinite(epochs) and epochs > 0,
+                f"{where}: max_epochs.{name} {epochs} is not positive; leave it out for no limit",
+            )
+        require(
+            bool(self.max_epochs) or self.shortfall == "fail",
+            f'{where}: shortfall = "{self.shortfall}" has no effect without max_epochs; add them',
+        )
+
+
+def _check_ratio(where: str, setting: str, ratio: Mapping[str, float], what: str, of: str = "") -> None:
+    """Refuse a ratio with a part that is not positive, or one that is neither shares nor parts."""
+    for name, part in ratio.items():
+        require(part > 0, f"{where}: {setting}.{name} {part} is not positive; leave the {what} out")
+    total = math.fsum(ratio.values())
+    is_ratio = abs(total - 1) <= 1e-6 or (math.isfinite(total) and min(ratio.values()) >= 1)
+    require(
+        is_ratio,
+        f"{where}: {setting}{of}: the sum is {total:.7g}; give shares that sum to 1, or parts of at least 1 each",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +118,8 @@ class TrainSettings:
     "Windows in one forward pass of a rank."
     global_batch_size: int = 16
     "Windows in one optimizer step of the whole job."
+    reset_attention_mask: bool = False
+    "Keep attention inside a document, in training and validation; RoPE needs no reset of positions besides."
     bf16: bool = True
     "Train in bfloat16 with fp32 master weights; otherwise in fp32."
     adam_beta1: float = 0.9
@@ -89,6 +144,8 @@ class TrainSettings:
     "Validation windows per language, always the same ones."
     stop_after_steps: int = 0
     "Save and stop cleanly after this many steps of this launch; 0 runs to the end of the stage."
+    eod_mask_loss: bool = False
+    "Leave the first token of a document out of the loss where it is predicted from the document before."
 
     def __post_init__(self) -> None:
         positive = (

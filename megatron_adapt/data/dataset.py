@@ -6,7 +6,8 @@ is the number of windows it has read. All sources come from one tokenizer, and n
 
 Method (``BlendedWindows.read_windows``):
 1. ``interleave`` names the source of every place, once at the start.
-2. ``_ordinals``: how many windows of that source came before, from counts at every 16384th place.
+2. ``_ordinals``: how many windows of that source came before, from counts at every 16384th place and, for a stage that
+   continues another, from its plan.
 3. ``EpochOrder`` turns the ordinal into a window of the source, one slice of its mapped ``.bin``.
 
 Costs: 2 bytes a window of the plan, nothing on disk, about 20 microseconds a window.
@@ -119,7 +120,7 @@ class BlendedWindows:
 
     def _ordinals(self, first: int, sources_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return, for each place from ``first``, how many windows of its source came before."""
-        before_K = self.count_before(first)
+        before_K = self.count_before(first) + np.asarray(self.plan.first, np.int64)
         ordinals_N = np.empty_like(sources_N)
         for index in np.unique(sources_N):
             chosen_N = np.flatnonzero(sources_N == index)

@@ -3,6 +3,13 @@
 Grouped queries, causal, no matrix of scores in memory: on a CPU about 3 times as fast as the engine's own core
 attention at 1024 positions, with a tenth of the memory (``benchmarks/attention.py``); on a GPU torch chooses flash
 attention.
+
+Attention inside documents (``pack_documents``) is one call per document, without a mask: a mask is a [B, T, T] tensor
+and hides scores that were computed all the same. What it costs is in ``README.md``.
+
+The documents travel as megatron-core's ``PackedSeqParams``, which every layer hands to its attention, recomputed or
+not. Positions are not reset: RoPE turns query and key by their places, a score depends on the distance alone, and
+inside a document the distance is the same wherever it begins in the window.
 Shapes: T positions, B batch, N query heads, G key-value heads, D head width.
 """
 
@@ -15,6 +22,24 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import scaled_dot_product_attention
+
+
+def pack_documents(cu_seqlens: torch.Tensor, seq_length: int) -> PackedSeqParams:
+    """Say where documents lie in a micro-batch, for ``GPTModel.forward(packed_seq_params=...)``.
+
+    Args:
+        cu_seqlens: [documents + 1] first token of each document among the B * T tokens of the micro-batch, window
+            after window, and B * T; on the CPU, because lengths are read on the host. A window begins a document.
+        seq_length: T, for which the engine makes the table of rotary embeddings.
+    """
+    return PackedSeqParams(
+        # Not "thd": the windows keep their batch axis, and with it the shapes that a pipeline sends.
+        qkv_format="sbhd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=seq_length,
+        max_seqlen_kv=seq_length,
+    )
 
 
 class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
@@ -49,25 +74,30 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
             query: [T, B, N, D].
             key: [T, B, G, D].
             value: [T, B, G, D].
-            attention_mask: None, or True where a query must not see a key, broadcastable to [B, N, T, T].
+            attention_mask: unused; what a query sees follows from its place and its document.
             attn_mask_type: always causal here.
             attention_bias: unused by Llama models.
-            packed_seq_params: unused; documents are not packed with separate attention.
+            packed_seq_params: None, or the documents that attention stays inside (``pack_documents``).
 
         Returns:
             [T, B, N * D].
         """
+        assert attention_mask is None
         assert attention_bias is None
-        assert packed_seq_params is None
-        num_positions, batch = query.shape[:2]
-        query, key, value = (heads.permute(1, 2, 0, 3) for heads in (query, key, value))
-        context_BNTD = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=None if attention_mask is None else ~attention_mask,
-            is_causal=attention_mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
+        if packed_seq_params is None:
+            context_BNTD = self._attend(*(heads.permute(1, 2, 0, 3) for heads in (query, key, value)))
+            return context_BNTD.permute(2, 0, 1, 3).flatten(2)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        # One split of all tokens: the gradient of a slice would be a tensor of the whole size per document.
+        tokens = (heads.transpose(0, 1).flatten(0, 1).split_with_sizes(lengths) for heads in (query, key, value))
+        contexts = [
+            self._attend(*(heads.transpose(0, 1)[None] for heads in document))[0].transpose(0, 1)
+            for document in zip(*tokens, strict=True)
+        ]
+        return torch.cat(contexts).flatten(1).view(query.shape[1], query.shape[0], -1).transpose(0, 1).contiguous()
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attend causally; query [B, N, T, D], key and value [B, G, T, D]; returns [B, N, T, D]."""
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=query.shape[1] != key.shape[1]
         )
-        return context_BNTD.permute(2, 0, 1, 3).reshape(num_positions, batch, -1)

@@ -96,7 +96,7 @@ def evaluate(config: Evaluate) -> Evaluation:
         model = load_model(folder, tokenizer, config.settings.seq_length)
         evaluation[name] = {}
         for language, paths in corpora.items():
-            texts = limit_texts(read_texts(paths, config.text_key), config.settings.max_bytes)
+            texts = _sample_texts(paths, config.text_key, config.settings.max_bytes)
             with show_progress(f"scoring {name} on {language}", None, "bytes") as advance:
                 score = score_texts(model, tokenizer, texts, config.settings, advance)
             evaluation[name][language] = _check_score(score, name, language, paths).to_dict()
@@ -115,6 +115,12 @@ def _read_models(pairs: Sequence[str]) -> dict[str, Path]:
             raise ConfigError(f"--models: {name!r} names {len(paths)} folders; give every model a name of its own")
         folders[name] = paths[0]
     return folders
+
+
+def _sample_texts(paths: Sequence[Path], text_key: str, max_bytes: int) -> Iterator[str]:
+    """Yield whole texts up to ``max_bytes``, an equal part from each file: the first alone would stand for all."""
+    for path in paths:
+        yield from limit_texts(read_texts([path], text_key), -(-max_bytes // len(paths)))
 
 
 def _check_score(score: Score, name: str, language: str, paths: Sequence[Path]) -> Score:

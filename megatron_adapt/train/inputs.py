@@ -23,6 +23,7 @@ from megatron_adapt.recipe import Recipe
 from megatron_adapt.run_folder import StagePlace, describe_training, find_stage
 from megatron_adapt.shape import check_layout
 from megatron_adapt.tokenizer.pieces import piece_bytes, read_tokenizer
+from megatron_adapt.train.documents import find_eod
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class StageInputs:
     "Validation windows per language, [number, T + 1]."
     token_bytes_V: NDArray[np.int64]
     "Bytes of text of every id of the padded vocabulary."
+    eod_id: int | None
+    "End-of-document id of the tokens; None where no setting needs it."
 
     @property
     def root(self) -> Path:
@@ -53,6 +56,11 @@ class StageInputs:
     def hf(self) -> Path:
         """Hugging Face files that travel with the weights."""
         return self.place.initial / HF_FOLDER
+
+    @property
+    def reset_at(self) -> int | None:
+        """Id behind which attention starts anew; None where it spans documents."""
+        return self.eod_id if self.settings.reset_attention_mask else None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -74,6 +82,8 @@ class StageInputs:
             "global_batch_size": self.settings.global_batch_size,
             "trainable": self.place.settings.trainable,
             "bf16": self.settings.bf16,
+            "reset_attention_mask": self.settings.reset_attention_mask,
+            "eod_mask_loss": self.settings.eod_mask_loss,
             "use_distributed_optimizer": self.settings.use_distributed_optimizer,
         }
 
@@ -82,7 +92,7 @@ def open_inputs(recipe: Recipe, stage_name: str) -> StageInputs:
     """Find a stage, its weights and its data, and check that they fit each other.
 
     Raises:
-        ConfigError: no such stage, or a layout that does not fit the model.
+        ConfigError: no such stage, a layout that does not fit the model, or documents without the EOD a setting needs.
         CheckpointError: no weights to start from, or token files of another tokenizer than theirs.
         DataError: a source is missing, empty or damaged.
     """
@@ -117,16 +127,22 @@ def open_inputs(recipe: Recipe, stage_name: str) -> StageInputs:
         blend=blend,
         valid=valid,
         token_bytes_V=_count_token_bytes(place.initial / HF_FOLDER, description.padded_vocab_size),
+        eod_id=find_eod(
+            settings,
+            [place.run.tokens(source, "train") for source in plan.sources]
+            + [place.run.tokens(language, "valid") for language in valid],
+            place.initial / HF_FOLDER,
+        ),
     )
 
 
 def _list_valid(recipe: Recipe, place: StagePlace, sources: Sequence[str]) -> list[str]:
-    """Name the languages to validate on: those of the blend, and every other that was tokenised for it.
+    """Name the sources to validate on: those of the blend, and every other that was tokenised for it.
 
     A language that a stage leaves out is the one it may forget.
     """
-    others = (language for language in (*recipe.old_languages, *recipe.new_languages) if language not in sources)
-    return [*sources, *(language for language in others if record_path(place.run.tokens(language, "valid")).is_file())]
+    others = (name for name in recipe.list_sources(*recipe.old_languages, *recipe.new_languages) if name not in sources)
+    return [*sources, *(name for name in others if record_path(place.run.tokens(name, "valid")).is_file())]
 
 
 def _check_tokenizer(prefix: Path, record: TokensRecord, initial: Path, description: Description) -> None:

@@ -23,7 +23,8 @@ import torch
 
 from megatron_adapt.checkpoint.root import HF_FOLDER
 from megatron_adapt.checkpoint.weights import load_weights
-from megatron_adapt.data.plan import write_plan
+from megatron_adapt.data.plan import check_trained, write_plan
+from megatron_adapt.data.plan_table import describe_plan
 from megatron_adapt.engine.llama import build_model
 from megatron_adapt.engine.parallel import Layout, get_device, start_engine
 from megatron_adapt.engine.trainable import freeze_rest
@@ -33,6 +34,7 @@ from megatron_adapt.logs import MetricsWriter, is_main_rank
 from megatron_adapt.recipe import Recipe
 from megatron_adapt.run_folder import is_trained
 from megatron_adapt.shape import check_launch
+from megatron_adapt.train.documents import mask_eod
 from megatron_adapt.train.inputs import StageInputs, open_inputs
 from megatron_adapt.train.optimizer import Trainer, build_trainer
 from megatron_adapt.train.state import load_state, save_state
@@ -51,6 +53,7 @@ def train(recipe: Recipe, stage_name: str) -> None:
     """
     inputs = open_inputs(recipe, stage_name)
     if is_trained(inputs.root, inputs.config):
+        check_trained(recipe, stage_name)
         _logger.info("stage %s: finished before", stage_name)
         return
     settings, description = recipe.train, inputs.description
@@ -66,6 +69,7 @@ def train(recipe: Recipe, stage_name: str) -> None:
         micro_batch_size=settings.micro_batch_size,
         global_batch_size=settings.global_batch_size,
     )
+    _logger.info("stage %s\n%s", stage_name, describe_plan(inputs.blend.plan))
     with start_engine(layout, settings.seed):
         model = build_model(
             description.shape,
@@ -90,7 +94,7 @@ def run_stage(trainer: Trainer, inputs: StageInputs) -> None:
     if is_main_rank():
         inputs.root.mkdir(parents=True, exist_ok=True)
         shutil.copytree(inputs.hf, inputs.root / HF_FOLDER, dirs_exist_ok=True)
-        write_plan(inputs.root / "plan.json", plan)
+        write_plan(inputs.place.run.plan(inputs.place.settings.name), plan)
     stop = min(plan.num_steps, first + (settings.stop_after_steps or plan.num_steps))
     run_steps(trainer, inputs, first, stop)
     if is_main_rank() and stop == plan.num_steps:
@@ -106,10 +110,12 @@ def run_steps(trainer: Trainer, inputs: StageInputs, first: int, stop: int) -> N
     description = replace(inputs.description, dtype="bfloat16" if settings.bf16 else "float32")
     if first == 0:
         _report(metrics, {"step": 0, "valid_bits_per_byte": validate(trainer, inputs)}, last)
+    masked_id = inputs.eod_id if settings.eod_mask_loss else None
     clock, clock_step = time.perf_counter(), first
     for step in range(first + 1, stop + 1):
         windows, _ = inputs.blend.read_windows((step - 1) * batch, batch)
-        report = train_step(trainer, windows, settings.micro_batch_size)
+        loss_mask = None if masked_id is None else mask_eod(windows, masked_id)
+        report = train_step(trainer, windows, settings.micro_batch_size, loss_mask=loss_mask, reset_at=inputs.reset_at)
         _check_finite(report, step)
         validates = step % settings.eval_interval == 0 or step == last
         if step % settings.log_interval == 0 or validates or step == stop:
@@ -135,8 +141,9 @@ def _check_finite(report: StepReport, step: int) -> None:
 def validate(trainer: Trainer, inputs: StageInputs) -> dict[str, float]:
     """Measure the loss on every language's validation windows, in bits per byte."""
     token_bytes_V = torch.from_numpy(inputs.token_bytes_V).to(get_device())
+    micro_batch_size, reset_at = inputs.settings.micro_batch_size, inputs.reset_at
     return {
-        language: measure_bits_per_byte(trainer.model, windows, token_bytes_V, inputs.settings.micro_batch_size)
+        language: measure_bits_per_byte(trainer.model, windows, token_bytes_V, micro_batch_size, reset_at=reset_at)
         for language, windows in inputs.valid.items()
     }
 

@@ -2,10 +2,13 @@
 
 Shapes: B windows of a micro-batch, T positions. Losses are summed over tokens and divided by their number once,
 over the whole job, so that masked positions weigh nothing and the layout changes nothing.
+
+Every rank reads the windows, so every pipeline stage finds the documents in its micro-batch by itself
+(``reset_at``); nothing but hidden states travels between stages.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,8 +20,10 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 
+from megatron_adapt.engine.attention import pack_documents
 from megatron_adapt.engine.llama import LlamaModel
 from megatron_adapt.engine.parallel import get_device
+from megatron_adapt.train.documents import find_documents
 from megatron_adapt.train.optimizer import Trainer
 
 
@@ -27,23 +32,35 @@ class StepReport:
     """What one optimizer step did."""
 
     loss: float
-    "Mean loss per token, in nats."
+    "Mean loss per token that bears loss, in nats."
     grad_norm: float
     "Norm of the gradient before clipping."
     learning_rate: float
 
 
-def train_step(trainer: Trainer, windows: NDArray[np.int64], micro_batch_size: int) -> StepReport:
+def train_step(
+    trainer: Trainer,
+    windows: NDArray[np.int64],
+    micro_batch_size: int,
+    *,
+    loss_mask: NDArray[np.bool_] | None = None,
+    reset_at: int | None = None,
+) -> StepReport:
     """Do one optimizer step on a global batch.
 
     Args:
         trainer: model, optimizer and schedule of this rank.
         windows: [global batch, T + 1] token ids, the same on every rank; each takes its data-parallel part.
         micro_batch_size: windows in one forward pass.
+        loss_mask: [global batch, T], False where a target bears no loss; None where all do.
+        reset_at: end-of-document id behind which attention starts anew; None where it spans documents.
     """
     trainer.model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    sums = _run_schedule(trainer.model, windows, micro_batch_size, None, learn=True)
+    if loss_mask is None:
+        loss_mask = np.ones_like(windows[:, 1:], dtype=bool)
+    forward = partial(_forward_step, None, reset_at)
+    sums = _run_schedule(trainer.model, forward, windows, loss_mask, micro_batch_size, learn=True)
     trainer.schedule.step(increment=1)
     _, grad_norm, _ = trainer.optimizer.step()
     learning_rate = next((group["lr"] for group in trainer.optimizer.param_groups), 0.0)
@@ -51,7 +68,12 @@ def train_step(trainer: Trainer, windows: NDArray[np.int64], micro_batch_size: i
 
 
 def measure_bits_per_byte(
-    model: torch.nn.Module, windows: NDArray[np.int64], token_bytes_V: torch.Tensor, micro_batch_size: int
+    model: torch.nn.Module,
+    windows: NDArray[np.int64],
+    token_bytes_V: torch.Tensor,
+    micro_batch_size: int,
+    *,
+    reset_at: int | None = None,
 ) -> float:
     """Return the loss on validation windows in bits per byte of text.
 
@@ -62,33 +84,35 @@ def measure_bits_per_byte(
         windows: [number, T + 1] token ids.
         token_bytes_V: bytes of text of every token id.
         micro_batch_size: windows in one forward pass.
+        reset_at: end-of-document id behind which attention starts anew; None where it spans documents.
     """
     per_pass = micro_batch_size * parallel_state.get_data_parallel_world_size()
     missing = -len(windows) % per_pass
-    mask = np.ones(len(windows) + missing, dtype=bool)
-    mask[len(windows) :] = False
     padded = np.concatenate([windows, np.repeat(windows[:1], missing, axis=0)])
+    loss_mask = np.ones_like(padded[:, 1:], dtype=bool)
+    loss_mask[len(windows) :] = False
+    forward = partial(_forward_step, token_bytes_V, reset_at)
     model.eval()
     with torch.no_grad():
-        sums = _run_schedule(model, padded, micro_batch_size, token_bytes_V, learn=False, mask=mask)
+        sums = _run_schedule(model, forward, padded, loss_mask, micro_batch_size, learn=False)
     model.train()
     return float(sums[0] / sums[1]) / math.log(2)
 
 
 def _run_schedule(
     model: torch.nn.Module,
+    forward: Callable[..., tuple[torch.Tensor, Any]],
     windows: NDArray[np.int64],
+    loss_mask: NDArray[np.bool_],
     micro_batch_size: int,
-    token_bytes_V: torch.Tensor | None,
     *,
     learn: bool,
-    mask: NDArray[np.bool_] | None = None,
 ) -> torch.Tensor:
     """Send all micro-batches of this rank through the pipeline; return [sum of losses, sum of weights] of the job."""
     own = _take_data_parallel_part(windows, micro_batch_size)
-    own_mask = _take_data_parallel_part(np.ones(len(windows), bool) if mask is None else mask, micro_batch_size)
+    own_mask = _take_data_parallel_part(loss_mask, micro_batch_size)
     reports = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, token_bytes_V),
+        forward_step_func=forward,
         data_iterator=zip(own, own_mask, strict=True),
         model=[model],
         num_microbatches=len(own),
@@ -117,15 +141,20 @@ def _take_data_parallel_part(rows: NDArray[Any], micro_batch_size: int) -> NDArr
 
 def _forward_step(
     token_bytes_V: torch.Tensor | None,
+    reset_at: int | None,
     batches: Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]],
     model: LlamaModel,
 ) -> tuple[torch.Tensor, Any]:
-    windows, mask = next(batches)
+    windows, loss_mask = next(batches)
     ids = torch.from_numpy(windows).to(get_device())
     inputs_BT, labels_BT = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     positions_BT = torch.arange(inputs_BT.shape[1], device=ids.device).expand_as(inputs_BT)
-    output = model(inputs_BT, positions_BT, None, labels=labels_BT)
-    weights_BT = torch.from_numpy(mask).to(ids.device)[:, None].expand_as(labels_BT).float()
+    documents = None
+    if reset_at is not None:
+        cu_seqlens = find_documents(windows[:, :-1], reset_at)
+        documents = pack_documents(torch.from_numpy(cu_seqlens), inputs_BT.shape[1])
+    output = model(inputs_BT, positions_BT, None, labels=labels_BT, packed_seq_params=documents)
+    weights_BT = torch.from_numpy(loss_mask).to(ids.device).float()
     if token_bytes_V is not None:
         weights_BT = weights_BT * token_bytes_V[labels_BT]
     return output, partial(_sum_loss, weights_BT)

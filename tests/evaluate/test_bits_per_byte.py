@@ -228,6 +228,14 @@ def test_whole_documents_are_scored_up_to_max_bytes(tmp_path, folder):
     assert found["bytes"] == len(TEXTS[0]) + len(TEXTS[1].encode())
 
 
+def test_max_bytes_are_shared_by_the_files_of_a_language(tmp_path, folder):
+    parts = [write_corpus(tmp_path / f"{letter}.jsonl", [letter * 50] * 4) for letter in "ab"]
+    settings = EvaluateSettings(seq_length=64, max_bytes=150)
+    corpora = tuple(f"en={path}" for path in parts)
+    found = evaluate(Evaluate(models=(f"base={folder}",), corpora=corpora, settings=settings))["base"]["en"]
+    assert found["documents"] == 4  # 75 bytes of each file are two documents; the first three were all of one file
+
+
 def test_a_name_stands_for_one_model(tmp_path, folder):
     with pytest.raises(ConfigError, match=r"^--models: 'm' names 2 folders; give every model a name of its own$"):
         evaluate(make_config(tmp_path, f"m={folder}", f"m={folder}"))

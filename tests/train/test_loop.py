@@ -143,10 +143,12 @@ def test_finished_stage_is_not_trained_again(reference):
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
-        (["--train.stages.0.blend.en", "0.5"], "plan_hash"),
+        (["--train.stages.0.blend.en", "0.5", "--train.stages.0.blend.xx", "0.5"], "plan_hash"),
         (["--train.global-batch-size", "6", "--train.stages.0.tokens", "1152"], "global_batch_size"),
         (["--train.stages.0.trainable", "embeddings"], "trainable"),
         (["--train.bf16"], "bf16"),
+        (["--train.reset-attention-mask"], "reset_attention_mask"),
+        (["--train.eod-mask-loss"], "eod_mask_loss"),
         (["--train.no-use-distributed-optimizer"], "use_distributed_optimizer"),
     ],
 )
