@@ -127,8 +127,7 @@ def check_duplicates(patient: Patient) -> Iterator[str]:
     starts_D1 = patient.file.starts()
     tokens_N = patient.file.tokens_N
     hashes = {
-        hashlib.blake2b(tokens_N[start:end].tobytes(), digest_size=16).digest()
-        for start, end in pairwise(starts_D1)
+        hashlib.blake2b(tokens_N[start:end].tobytes(), digest_size=16).digest() for start, end in pairwise(starts_D1)
     }
     repeated = patient.file.num_documents - len(hashes)
     if repeated:
