@@ -5,10 +5,12 @@
 #include "blend.h"
 #include "merges.h"
 #include "minhash.h"
+#include "runs.h"
 
 PYBIND11_MODULE(_csrc, module) {
     module.doc() = "Compiled twins of numpy code in megatron_adapt; arrays in, arrays out.";
     megatron_adapt::bind_blend(module);
     megatron_adapt::bind_merges(module);
     megatron_adapt::bind_minhash(module);
+    megatron_adapt::bind_runs(module);
 }

@@ -183,9 +183,17 @@ def plan_base(recipe: Recipe, run: RunFolder) -> Iterator[Command]:
 
 def plan_adaptation(recipe: Recipe, run: RunFolder, base_model: Path) -> Iterator[Command]:
     """Yield the calls from the base model to the exports of every training stage."""
-    corpus = tuple(run.corpus_part(source, "train") for source in recipe.list_sources(*recipe.new_languages))
+    new, old = (
+        tuple(run.corpus_part(source, "train") for source in recipe.list_sources(*languages))
+        for languages in (recipe.new_languages, recipe.old_languages)
+    )
     build = BuildTokenizer(
-        base=base_model, corpus=corpus, output=run.tokenizer, overwrite=True, settings=recipe.tokenizer
+        base=base_model,
+        corpus=new,
+        old_corpus=old,
+        output=run.tokenizer,
+        overwrite=True,
+        settings=recipe.tokenizer,
     )
     yield Command("build_tokenizer", build, run.tokenizer / STAGE_FILE)
     resize = ResizeVocab(

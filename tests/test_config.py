@@ -58,6 +58,50 @@ def test_a_size_is_a_number_or_a_percentage(size):
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "methods"),
+    [
+        ("segmenter", "fugashi", "continue merge replace optimize"),
+        ("scores", "zero", "merge"),
+        ("model", "unigram", "replace"),
+        ("old_share", 0.3, "replace optimize"),
+        ("kept_share", 0.3, "optimize"),
+    ],
+)
+def test_a_setting_that_the_method_does_not_read_is_refused(name, value, methods):
+    for method in ("continue", "merge", "replace", "optimize", "transplant"):
+        if method in methods.split():
+            assert getattr(TokenizerSettings(method=method, **{name: value}), name) == value
+            continue
+        use = " or ".join(methods.split())
+        message = rf"^tokenizer\.{name}: '?{value}'? has no effect with method {method}; leave it out, or use {use}$"
+        with pytest.raises(ConfigError, match=message):
+            TokenizerSettings(method=method, **{name: value})
+
+
+def make_transplant(**changes):
+    return TokenizerSettings(**{"method": "transplant", "donor": Path("donor"), **changes})
+
+
+def test_a_donor_is_for_transplant_and_transplant_needs_one():
+    assert make_transplant(size="500", scripts=("Arabic",), min_frequency=3).donor == Path("donor")
+    with pytest.raises(ConfigError, match=r"^tokenizer\.donor: missing; name the folder of the tokenizer whose pieces"):
+        make_transplant(donor=None)
+    with pytest.raises(ConfigError, match=r"^tokenizer\.donor: .* has no effect with method merge; leave it out"):
+        make_transplant(method="merge")
+    with pytest.raises(ConfigError, match=r"^tokenizer\.adopt: True has no effect with method continue; leave it out"):
+        make_transplant(method="continue", donor=None, adopt=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("size", "500"), ("size_multiple", 64), ("scripts", ("Arabic",)), ("min_frequency", 3)]
+)
+def test_a_donor_taken_whole_leaves_nothing_to_choose(name, value):
+    assert make_transplant(adopt=True, max_drift=0.5).adopt
+    with pytest.raises(ConfigError, match=rf"^tokenizer\.{name}: .* has no effect with adopt, which takes the donor"):
+        make_transplant(adopt=True, **{name: value})
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: TokenizerSettings(min_frequency=0), r"tokenizer\.min_frequency: 0 is below 1; use 2"),

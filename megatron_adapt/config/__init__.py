@@ -12,7 +12,7 @@ from megatron_adapt.config.corpus import CorpusSettings, ParallelSettings, Prepa
 from megatron_adapt.config.data import DataSettings, PreprocessData
 from megatron_adapt.config.evaluate import Evaluate, EvaluateSettings
 from megatron_adapt.config.inspect import CheckTokens, DescribeTokens, MergeTokens, ShowTokens
-from megatron_adapt.config.tokenizer import BuildTokenizer, MeasureTokenizer, TokenizerSettings
+from megatron_adapt.config.tokenizer import BuildTokenizer, MeasureTokenizer, SweepSettings, TokenizerSettings
 from megatron_adapt.config.train import StageSettings, TrainSettings
 from megatron_adapt.config.vocab import ResizeVocab, VocabSettings
 
@@ -37,6 +37,7 @@ __all__ = [
     "ResizeVocab",
     "ShowTokens",
     "StageSettings",
+    "SweepSettings",
     "TokenizerSettings",
     "TrainSettings",
     "VocabSettings",

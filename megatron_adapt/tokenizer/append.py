@@ -10,6 +10,8 @@ Added tokens enter the vocabulary of the JSON too, since ``tokenizers`` would ot
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +43,17 @@ from megatron_adapt.tokenizer.pieces import (
 )
 
 
-def write_extended(base: LoadedTokenizer, pieces: list[bytes], folder: Path) -> list[str]:
+def write_extended(
+    base: LoadedTokenizer, pieces: list[bytes], folder: Path, scores: Sequence[float] | None = None
+) -> list[str]:
     """Write every tokenizer file of ``base`` to ``folder``, with ``pieces`` appended.
 
     Args:
         base: the tokenizer to extend.
         pieces: bytes of the new pieces in the order learned; for SentencePiece with U+2581 for the space.
         folder: an existing folder.
+        scores: scores of the pieces in ``tokenizer.model``; None lets them fall below the lowest old one. Under any
+            others the two files disagree: ``tokenizer.json`` is what transformers 5 makes of the model, by ids alone.
 
     Returns:
         The new pieces as the files spell them; their ids run from ``base.vocab_size``.
@@ -74,7 +80,7 @@ def write_extended(base: LoadedTokenizer, pieces: list[bytes], folder: Path) -> 
     if base.kind == "sentencepiece" and (base.folder / MODEL_FILE).is_file():
         model = read_model(base.folder / MODEL_FILE)
         _check_agreement(model, content)
-        write_model(_extend_model(model, base, spelled), folder / MODEL_FILE)
+        write_model(_extend_model(model, base, spelled, scores), folder / MODEL_FILE)
         old_order = list_by_score(model)
     _extend_json(content, base, spelled, old_order)
     (folder / JSON_FILE).write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2))
@@ -84,7 +90,7 @@ def write_extended(base: LoadedTokenizer, pieces: list[bytes], folder: Path) -> 
 def _check_agreement(model: PieceModel, content: dict[str, Any]) -> None:
     vocab = content["model"]["vocab"]
     for index, piece in enumerate(model.pieces):
-        if piece.kind in (NORMAL, BYTE) and vocab.get(piece.text) != index:
+        if piece.kind in (NORMAL, BYTE, USER_DEFINED) and vocab.get(piece.text) != index:
             raise DataError(
                 f"{model.path.name}: piece {piece.text!r} has id {index}, but {vocab.get(piece.text)} in {JSON_FILE}; "
                 "the files are of two tokenizers, remove the wrong one"
@@ -94,7 +100,7 @@ def _check_agreement(model: PieceModel, content: dict[str, Any]) -> None:
 def _extend_json(content: dict[str, Any], base: LoadedTokenizer, spelled: list[str], old_order: list[str]) -> None:
     model = content["model"]
     vocab: dict[str, int] = model["vocab"]
-    reserved = {token["content"] for token in content["added_tokens"]}
+    reserved = {token["content"] for token in content.setdefault("added_tokens", [])}
     mergeable = {piece: index for piece, index in vocab.items() if piece not in reserved}
     mergeable.update({piece: base.vocab_size + at for at, piece in enumerate(spelled)})
     vocab.update({token["content"]: token["id"] for token in content["added_tokens"]})
@@ -120,7 +126,9 @@ def _insert_old_splits(
     return [*extra[-1], *(pair for at, merge in enumerate(merges) for pair in (merge, *extra.get(at, ())))]
 
 
-def _extend_model(model: PieceModel, base: LoadedTokenizer, spelled: list[str]) -> PieceModel:
+def _extend_model(
+    model: PieceModel, base: LoadedTokenizer, spelled: list[str], scores: Sequence[float] | None
+) -> PieceModel:
     # An id is a place in the list, so added tokens of the JSON behind the model's pieces need entries as well.
     added = base.tokenizer.get_added_tokens_decoder()
     known = {piece.text for piece in model.pieces}
@@ -131,11 +139,17 @@ def _extend_model(model: PieceModel, base: LoadedTokenizer, spelled: list[str]) 
             raise DataError(
                 f"{model.path.name}: {text!r} has an id of its own and id {index} in {JSON_FILE}; remove one"
             )
-        fillers.append(Piece(text, 0.0, USER_DEFINED if index in added and not added[index].special else CONTROL))
-    score = min((piece.score for piece in model.pieces if piece.kind == NORMAL), default=0.0)
-    new = []
-    for text in spelled:
+        # SentencePiece cuts a user-defined piece out of any text, as only such tokens are.
+        is_cut = index in added and not (added[index].special or added[index].single_word or added[index].normalized)
+        fillers.append(Piece(text, 0.0, USER_DEFINED if is_cut else CONTROL))
+    if scores is None:
+        lowest = min((piece.score for piece in model.pieces if piece.kind == NORMAL), default=0.0)
+        scores = list(islice(_list_lower_scores(lowest), len(spelled)))
+    return append_pieces(model, [*fillers, *map(Piece, spelled, scores)])
+
+
+def _list_lower_scores(score: float) -> Iterator[float]:
+    while True:
         # Scores are 32-bit floats; far from zero a step of one would be lost.
         score -= max(1.0, math.ulp(score) * 2.0**30)
-        new.append(Piece(text, score))
-    return append_pieces(model, [*fillers, *new])
+        yield score

@@ -6,10 +6,11 @@ Guarantees, proved on the files written (``check``): methods that promise it lea
 piece encodes to its own id; text that the base gave back unchanged still is; ``tokenizer.json`` and
 ``tokenizer.model`` give the same ids wherever those of the base did; the old language drifts no more than allowed.
 
-1. The method learns or takes pieces and writes the tokenizer files (``extend``, ``merge``, ``replace``, ``optimize``,
+1. ``check_base`` refuses a base whose files contradict one another.
+2. The method learns or takes pieces and writes the tokenizer files (``extend``, ``merge``, ``replace``, ``optimize``,
    ``transplant``).
-2. ``map_ids`` finds which old ids spell each new one; ``check_made`` proves the guarantees.
-3. ``measure_drift`` encodes the old language before and after.
+3. ``map_ids`` finds which old ids spell each new one; ``check_made`` proves the guarantees.
+4. ``measure_drift`` encodes the old language before and after.
 
 Costs: 50 MB of text and 32,000 pieces take about a minute and under 2 GB.
 """
@@ -22,18 +23,27 @@ from typing import Any
 from megatron_adapt.config import BuildTokenizer
 from megatron_adapt.errors import ConfigError
 from megatron_adapt.files import STAGE_FILE, replace_folder, require_file, write_json, write_stage
+from megatron_adapt.tokenizer.base import check_base
 from megatron_adapt.tokenizer.check import check_made
 from megatron_adapt.tokenizer.drift import Drift, measure_drift
 from megatron_adapt.tokenizer.extend import make_continued
 from megatron_adapt.tokenizer.id_map import IdMap, map_ids, write_id_map
 from megatron_adapt.tokenizer.made import Made, list_counts
+from megatron_adapt.tokenizer.merge import make_merged
+from megatron_adapt.tokenizer.optimize import make_optimized
 from megatron_adapt.tokenizer.pieces import LoadedTokenizer, piece_bytes, read_tokenizer
+from megatron_adapt.tokenizer.replace import make_replaced
+from megatron_adapt.tokenizer.transplant import make_transplanted
 
 REPORT_FILE = "report.json"
 _logger = logging.getLogger(__name__)
 
 METHODS: dict[str, Callable[[LoadedTokenizer, BuildTokenizer, Path], Made]] = {
     "continue": make_continued,
+    "merge": make_merged,
+    "replace": make_replaced,
+    "optimize": make_optimized,
+    "transplant": make_transplanted,
 }
 
 
@@ -53,8 +63,14 @@ def build_tokenizer(config: BuildTokenizer) -> None:
         raise ConfigError(
             f"tokenizer.max_drift: {config.settings.max_drift} has no text to be measured on; name it: --old-corpus"
         )
+    donors = [config.settings.donor] if config.settings.donor else []
+    inputs = [config.base, *donors, *config.corpus, *config.old_corpus]
+    for path in inputs:
+        if path.resolve().is_relative_to(config.output.resolve()):
+            raise ConfigError(f"--output: {config.output} holds {path}, which is read; name another output")
     with replace_folder(config.output, overwrite=config.overwrite) as folder:
         base = read_tokenizer(config.base)
+        check_base(base)
         made = METHODS[config.settings.method](base, config, folder)
         after = read_tokenizer(folder)
         id_map = map_ids(base, after)
@@ -63,8 +79,6 @@ def build_tokenizer(config: BuildTokenizer) -> None:
         write_id_map(id_map, folder)
         report = _describe(base, after, id_map, made, figures, drift)
         write_json(folder / REPORT_FILE, {**report, "new_pieces": _list_pieces(after, id_map)})
-        donors = [config.donor] if config.donor else []
-        inputs = [config.base, *donors, *config.corpus, *config.old_corpus]
         write_stage(folder / STAGE_FILE, config=config, inputs=inputs, counts=report)
     _show(config.output, report)
 
@@ -104,6 +118,7 @@ def _list_pieces(after: LoadedTokenizer, id_map: IdMap) -> dict[str, str]:
 
 
 def _show(output: Path, report: Mapping[str, Any]) -> None:
+    is_unsafe = "differing_from_model" in report
     _logger.info(
         "%s: %s tokens: %s of the base's %s kept (%s moved), %s new, from %s documents; candidates: %s",
         output,
@@ -113,11 +128,12 @@ def _show(output: Path, report: Mapping[str, Any]) -> None:
         list_counts(report["candidates"]),
     )
     _logger.info(
-        "%s: all new pieces reachable; %s texts checked: round trip as the base, tokenizer.json == tokenizer.model in "
-        "%s; tokens per byte %.4f -> %.4f",
+        "%s: %s; %s texts checked: round trip as the base, tokenizer.json == tokenizer.model in %s; tokens per byte "
+        "%.4f -> %.4f",
         output,
+        f"{report['unreachable_by_json']:,} new pieces unreachable" if is_unsafe else "all new pieces reachable",
         report["checked_texts"],
-        report["checked_against_model"],
+        report["checked_against_model"] - (report["differing_from_model"] if is_unsafe else 0),
         report["base_tokens_per_byte"],
         report["tokens_per_byte"],
     )

@@ -4,9 +4,12 @@
    move, ``check_special_tokens``: every special token of the base is there.
 2. ``find_unreachable``: new pieces that do not encode to their own id.
 3. ``check_round_trip``: text that the base gives back unchanged is given back unchanged.
-4. ``check_model``: ``tokenizer.json`` and ``tokenizer.model`` give the same ids wherever those of the base do.
+4. ``compare_model``: ``tokenizer.json`` and ``tokenizer.model`` give the same ids wherever those of the base do.
+
+A method whose files cannot agree says so (``Made.is_safe``): then reachability and agreement are measured instead.
 """
 
+import logging
 from typing import Any
 
 import sentencepiece
@@ -14,9 +17,10 @@ import sentencepiece
 from megatron_adapt.errors import DataError
 from megatron_adapt.tokenizer.id_map import IdMap
 from megatron_adapt.tokenizer.made import Made
-from megatron_adapt.tokenizer.pieces import MODEL_FILE, LoadedTokenizer
+from megatron_adapt.tokenizer.pieces import JSON_FILE, MODEL_FILE, SPACE, LoadedTokenizer
 from megatron_adapt.tokenizer.words import strip_tokenizer
 
+_logger = logging.getLogger(__name__)
 _DEFECT = "the output was not written; this should not happen, please report the base and the text"
 
 
@@ -30,7 +34,8 @@ def check_made(base: LoadedTokenizer, after: LoadedTokenizer, id_map: IdMap, mad
         made: what the method promises, and texts to encode.
 
     Returns:
-        What was checked, and tokens per byte of the sample before and after.
+        What was checked, and tokens per byte of the sample before and after; where the files cannot agree, also how
+        many texts they cut alike and how many new pieces neither reaches.
 
     Raises:
         DataError: a guarantee does not hold.
@@ -42,14 +47,19 @@ def check_made(base: LoadedTokenizer, after: LoadedTokenizer, id_map: IdMap, mad
     vocab, added = after.tokenizer.get_vocab(with_added_tokens=True), after.tokenizer.get_added_tokens_decoder()
     new = [piece for piece, index in vocab.items() if index in id_map.pieces and index not in added]
     unreachable = find_unreachable(after, new)
-    if unreachable:
+    if unreachable and made.is_safe:
         raise DataError(f"{after.folder}: {len(unreachable)} pieces are unreachable; {_DEFECT}")
     before, now = _encode(base, made.sample), _encode(after, made.sample)
     check_round_trip(base, after, made.sample, before, now)
     size = max(1, sum(len(text.encode()) for text in made.sample))
+    compared, differing = compare_model(base, after, made.sample, before, now)
+    measured = {} if made.is_safe else _measure_unsafe(after, new, unreachable, compared, differing)
+    if differing and made.is_safe:
+        raise DataError(f"{after.folder}: {differing[0][:60]!r}... has other ids by {MODEL_FILE}; {_DEFECT}")
     return {
         "checked_texts": len(made.sample),
-        "checked_against_model": check_model(base, after, made.sample, before, now) if made.is_safe else 0,
+        "checked_against_model": compared,
+        **measured,
         "base_tokens_per_byte": sum(map(len, before)) / size,
         "tokens_per_byte": sum(map(len, now)) / size,
     }
@@ -102,7 +112,7 @@ def check_round_trip(
     before: list[list[int]],
     after: list[list[int]],
 ) -> None:
-    """Refuse an extension that loses text the base keeps.
+    """Refuse an extension that loses text the base keeps; a space for U+2581 is SentencePiece's way.
 
     Raises:
         DataError: naming the text.
@@ -110,35 +120,59 @@ def check_round_trip(
     old = base.tokenizer.decode_batch(before, skip_special_tokens=False)
     new = made.tokenizer.decode_batch(after, skip_special_tokens=False)
     for text, by_old, by_new in zip(texts, old, new, strict=True):
-        if by_new != by_old:
+        if by_new not in (by_old, text.replace(SPACE, " ") if made.kind == "sentencepiece" else text):
             raise DataError(f"{made.folder}: {text[:60]!r}... is decoded otherwise than before; {_DEFECT}")
 
 
-def check_model(
+def compare_model(
     base: LoadedTokenizer,
     made: LoadedTokenizer,
     texts: list[str],
     before: list[list[int]],
     after: list[list[int]],
-) -> int:
-    """Refuse an extension whose ``tokenizer.model`` disagrees with its ``tokenizer.json`` where the base's agreed.
+) -> tuple[int, list[str]]:
+    """Compare ``tokenizer.model`` with ``tokenizer.json`` on the texts where those of the base agree.
 
     Returns:
-        How many texts were compared; 0 without a ``tokenizer.model``.
-
-    Raises:
-        DataError: naming the text.
+        How many texts were compared, none without a ``tokenizer.model``, and those with other ids.
     """
     if not (made.folder / MODEL_FILE).is_file():
-        return 0
-    old, new = (
-        sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.folder / MODEL_FILE)).encode(texts)
-        for tokenizer in (base, made)
-    )
-    compared = 0
-    for at, text in enumerate(texts):
-        if old[at] == before[at]:
-            compared += 1
-            if new[at] != after[at]:
-                raise DataError(f"{made.folder}: {text[:60]!r}... has other ids by {MODEL_FILE}; {_DEFECT}")
-    return compared
+        return 0, []
+    new = _read_model_ids(made, texts)
+    has_model = base.kind == made.kind and (base.folder / MODEL_FILE).is_file()
+    old = _read_model_ids(base, texts) if has_model else before
+    compared = [at for at in range(len(texts)) if old[at] == before[at]]
+    return len(compared), [texts[at] for at in compared if new[at] != after[at]]
+
+
+def _read_model_ids(tokenizer: LoadedTokenizer, texts: list[str]) -> list[list[int]]:
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.folder / MODEL_FILE))
+    ids: list[list[int]] = model.encode(texts)
+    return ids
+
+
+def _measure_unsafe(
+    made: LoadedTokenizer, new: list[str], unreachable: set[str], compared: int, differing: list[str]
+) -> dict[str, int]:
+    lost = 0
+    if (made.folder / MODEL_FILE).is_file():
+        # Behind a line end no space is put in front of a piece.
+        before, *ids = _read_model_ids(made, ["\n", *(f"\n{piece}" for piece in new)])
+        lost = sum(found != [*before, made.tokenizer.token_to_id(piece)] for piece, found in zip(new, ids, strict=True))
+    if differing or unreachable or lost:
+        _logger.warning(
+            "%d of %d new pieces are unreachable by %s, %d by %s, and they cut %d of %d texts differently; let every "
+            "reader use the same one",
+            len(unreachable),
+            len(new),
+            JSON_FILE,
+            lost,
+            MODEL_FILE,
+            len(differing),
+            compared,
+        )
+    return {
+        "differing_from_model": len(differing),
+        "unreachable_by_json": len(unreachable),
+        "unreachable_by_model": lost,
+    }

@@ -15,13 +15,13 @@ from pathlib import Path
 from megatron_adapt.config import BuildTokenizer, TokenizerSettings
 from megatron_adapt.corpus.documents import read_texts
 from megatron_adapt.logs import show_progress
-from megatron_adapt.tokenizer.accept import Acceptance
+from megatron_adapt.tokenizer.accept import make_acceptance
 from megatron_adapt.tokenizer.append import write_extended
 from megatron_adapt.tokenizer.check import find_unreachable
-from megatron_adapt.tokenizer.filters import find_prefixes, make_filter
-from megatron_adapt.tokenizer.made import Made, count_pieces, refuse_empty
+from megatron_adapt.tokenizer.filters import make_filter
+from megatron_adapt.tokenizer.made import Made, count_pieces, refuse_empty, warn_few
 from megatron_adapt.tokenizer.merges import learn_merges
-from megatron_adapt.tokenizer.pieces import LoadedTokenizer, from_letters, read_tokenizer
+from megatron_adapt.tokenizer.pieces import LoadedTokenizer, read_tokenizer
 from megatron_adapt.tokenizer.words import count_words, segment_words
 
 _logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def make_continued(base: LoadedTokenizer, config: BuildTokenizer, folder: Path) 
     settings = config.settings
     allowed = make_filter(settings.scripts)
     num_asked = count_pieces(settings, base.vocab_size, base.vocab_size)
-    words = count_words(base, read_texts(config.corpus, config.text_key), allowed)
+    words = count_words(base, read_texts(config.corpus, config.text_key), allowed, settings.segmenter)
     reasons: Counter[str] = Counter()
 
     def learn(banned: frozenset[bytes]) -> list[bytes]:
@@ -49,13 +49,7 @@ def make_continued(base: LoadedTokenizer, config: BuildTokenizer, folder: Path) 
     spelled = write_reachable(base, learn, folder)
     if not spelled:
         raise refuse_empty(words.num_texts, settings, reasons)
-    if len(spelled) < num_asked:
-        _logger.warning(
-            "the corpus gives %s pieces, not %s; add text or lower tokenizer.min_frequency (%d)",
-            f"{len(spelled):,}",
-            f"{num_asked:,}",
-            settings.min_frequency,
-        )
+    warn_few("corpus", len(spelled), num_asked, settings)
     return Made(
         keeps_ids=True,
         num_asked=num_asked,
@@ -111,13 +105,8 @@ def learn_pieces(
     Returns:
         Pieces with their frequency in the order learned, and what became of the candidates.
     """
-    allowed = make_filter(settings.scripts)
-    prefixes: frozenset[bytes] = frozenset()
-    if base.kind == "byte_level":
-        letters = {letter for word in counts for letter in from_letters(word).decode(errors="ignore")}
-        prefixes = find_prefixes((letter for letter in letters if allowed.character.fullmatch(letter)), allowed)
+    accept = make_acceptance(base, counts, make_filter(settings.scripts), banned)
     words = segment_words(base, counts)
-    accept = Acceptance(base, allowed, prefixes, banned)
     with show_progress("learning pieces", num_pieces, "pieces") as advance:
 
         def accept_and_show(piece: bytes) -> bool:

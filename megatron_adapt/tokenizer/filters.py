@@ -81,14 +81,25 @@ def _code_point(data: bytes) -> int:
     return int("".join([f"{head:b}", *(f"{byte & 0x3F:06b}" for byte in data[1:])]), 2)
 
 
+def list_runs(marker: str) -> list[tuple[str, str]]:
+    """Return for each kind of run of characters, the first that fits, which ones it begins with and goes on with.
+
+    Both are written for use between the brackets of an expression; a run that goes on with none is one character.
+    Digits stand alone, letters and marks go by script, what is left is one kind; ``marker``, white space and control
+    characters are part of none.
+    """
+    marks = r"\p{M}\p{Script=Inherited}"
+    scripts = [_JAPANESE, *(rf"\p{{{name}}}" for name in _CUT_AT)]
+    letters, others = rf"\p{{L}}{marks}", rf"^\p{{L}}\p{{N}}\s\p{{Cc}}{marker}"
+    runs = [(script, script + marks) for script in scripts]
+    return [(r"\p{N}", ""), *runs, (letters, letters), (others, others)]
+
+
 def make_word_pattern(marker: str) -> regex.Pattern[str]:
     """Return the expression that finds the words of text whose spaces are written as ``marker``.
 
     As SentencePiece's trainer does, a word ends at a space, at a change of script and around every digit; it takes
     one marker in front of it along. Line ends and other control characters belong to no word.
     """
-    marks = r"\p{M}\p{Script=Inherited}"
-    runs = [r"\p{N}", rf"[{_JAPANESE}][{_JAPANESE}{marks}]*"]
-    runs += [rf"\p{{{name}}}[\p{{{name}}}{marks}]*" for name in _CUT_AT]
-    runs += [rf"[\p{{L}}{marks}]+", rf"[^\p{{L}}\p{{N}}\s\p{{Cc}}{marker}]+"]
+    runs = [f"[{first}]" + (f"[{more}]*" if more else "") for first, more in list_runs(marker)]
     return regex.compile(rf"{marker}?(?:{'|'.join(runs)})")

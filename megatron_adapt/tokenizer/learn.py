@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -97,24 +98,41 @@ def _learn_byte_level(texts: Iterator[str], vocab_size: int, output: Path) -> tu
 
 def _learn_sentencepiece(texts: Iterator[str], vocab_size: int, output: Path) -> tuple[Tokenizer, str, str]:
     lines = (line for text in texts for line in text.splitlines() if line.strip())
+    (output / MODEL_FILE).write_bytes(train_sentencepiece(lines, vocab_size))
+    return convert_model(read_model(output / MODEL_FILE), adds_bos=True), "<s>", "</s>"
+
+
+def train_sentencepiece(lines: Iterable[str], vocab_size: int, **changes: Any) -> bytes:
+    """Train a SentencePiece model with the settings that Llama 2's ``tokenizer.model`` was trained with.
+
+    Args:
+        lines: what to learn from.
+        vocab_size: number of ids.
+        changes: other settings of the trainer, by its own names.
+
+    Returns:
+        The content of the ``tokenizer.model``.
+
+    Raises:
+        DataError: the lines do not give that many pieces.
+    """
     written = io.BytesIO()
+    settings = {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "character_coverage": 0.99995,
+        "split_digits": True,
+        "allow_whitespace_only_pieces": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "max_sentence_length": _MAX_LINE_BYTES,
+        "minloglevel": 2,
+        **changes,
+    }
     try:
-        # The settings that the trainer wrote into Llama 2's tokenizer.model.
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
-            model_writer=written,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            character_coverage=0.99995,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            max_sentence_length=_MAX_LINE_BYTES,
-            minloglevel=2,
+            sentence_iterator=iter(lines), model_writer=written, vocab_size=vocab_size, **settings
         )
     except (RuntimeError, OSError) as error:
         raise DataError(_too_few(vocab_size, str(error).rpartition("] ")[2] or str(error))) from None
-    (output / MODEL_FILE).write_bytes(written.getvalue())
-    return convert_model(read_model(output / MODEL_FILE), adds_bos=True), "<s>", "</s>"
+    return written.getvalue()

@@ -1,11 +1,14 @@
-"""What a method of ``build`` gives back, and what the methods share: the size asked for, and the empty corpus."""
+"""What a method of ``build`` gives back, and what the methods share: the size asked for, a corpus too small for it."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_adapt.config import TokenizerSettings
 from megatron_adapt.errors import DataError
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +18,8 @@ class Made:
     keeps_ids: bool
     "Whether the method promises that no old id moves."
     is_safe: bool = True
-    "Whether it promises that tokenizer.json and tokenizer.model agree; some of the papers' scores cannot."
+    """Whether it promises that tokenizer.json and tokenizer.model agree and reach every new piece; some of the papers'
+    scores, and another model's whole tokenizer, cannot."""
     num_asked: int
     "Pieces it was asked for."
     reasons: Counter[str]
@@ -45,6 +49,18 @@ def refuse_empty(num_texts: int, settings: TokenizerSettings, reasons: Mapping[s
         f"--corpus: {num_texts} documents hold no new piece{wanted} {settings.min_frequency} times "
         f"({list_counts(reasons) or 'no such text'}); check the corpus, the scripts and min_frequency"
     )
+
+
+def warn_few(source: str, found: int, asked: int, settings: TokenizerSettings) -> None:
+    """Log a warning where the source of the pieces, ``corpus`` or ``donor``, gave fewer than asked."""
+    if found < asked:
+        _logger.warning(
+            "the %s gives %s pieces, not %s; add text or lower tokenizer.min_frequency (%d)",
+            source,
+            f"{found:,}",
+            f"{asked:,}",
+            settings.min_frequency,
+        )
 
 
 def list_counts(reasons: Mapping[str, int]) -> str:

@@ -7,24 +7,37 @@ protobuf package is needed and nothing of the base is lost.
 In SentencePiece BPE a score is a priority: of all neighbours whose concatenation is a piece, the pair with the
 highest score merges first, the leftmost of equals (``sentencepiece/src/bpe_model.cc``). ``tokenizers`` instead has
 an ordered list of pairs: ``list_merges`` writes every split of every piece in the order of the scores.
+
+In a Unigram model a score is a log probability, and the pieces of a text are those of the highest sum
+(``unigram_model.cc``). ``tokenizers`` does the same in double precision and takes every entry of its vocabulary for
+text, ``<0x41>`` and ``<s>`` too, so what only looks like text gets a score too low to be chosen (``make_algorithm``).
 """
 
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from megatron_adapt.errors import DataError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-_MODEL_TYPES = {1: "Unigram", 2: "BPE", 3: "Word", 4: "Char"}
+_OTHER_MODEL_TYPES = {3: "Word", 4: "Char"}
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # fields of ModelProto
 _MODEL_TYPE, _VOCAB_SIZE = 3, 4  # fields of TrainerSpec
 _CHARSMAP, _ADD_DUMMY_PREFIX, _REMOVE_SPACES, _ESCAPE_SPACES = 2, 3, 4, 5  # fields of NormalizerSpec
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
+_CHANGEABLE = {
+    "model_type": (_TRAINER, _MODEL_TYPE),
+    "vocab_size": (_TRAINER, _VOCAB_SIZE),
+    "add_dummy_prefix": (_NORMALIZER, _ADD_DUMMY_PREFIX),
+}
 
+Algorithm = Literal["BPE", "Unigram"]
+MODEL_TYPES: dict[Algorithm, int] = {"Unigram": 1, "BPE": 2}
+"How a SentencePiece model names its algorithm."
 Value = int | bytes
 Fields = list[tuple[int, int, Value]]
 
@@ -46,6 +59,11 @@ class PieceModel:
     pieces: tuple[Piece, ...]
     others: tuple[tuple[int, int, Value], ...]
 
+    @property
+    def algorithm(self) -> Algorithm:
+        """How text is cut into the pieces."""
+        return "BPE" if self.setting(_TRAINER, _MODEL_TYPE, 1) == MODEL_TYPES["BPE"] else "Unigram"
+
     def setting(self, message: int, number: int, default: Value) -> Value:
         """Return a field of one of the settings messages."""
         for field, _, value in self.others:
@@ -56,10 +74,10 @@ class PieceModel:
 
 
 def read_model(path: Path) -> PieceModel:
-    """Read a SentencePiece BPE model.
+    """Read a SentencePiece model, BPE or Unigram.
 
     Raises:
-        DataError: the file is no SentencePiece model, is damaged, is no BPE, or holds a piece twice.
+        DataError: the file is no SentencePiece model, is damaged, is of another algorithm, or holds a piece twice.
     """
     pieces: list[Piece] = []
     others: Fields = []
@@ -69,6 +87,8 @@ def read_model(path: Path) -> PieceModel:
                 pieces.append(_parse_piece(value))
             else:
                 others.append((number, wire, value))
+                if number in (_TRAINER, _NORMALIZER) and isinstance(value, bytes):
+                    list(_parse(value))  # ``setting`` relies on it
     except (ValueError, IndexError, struct.error) as error:
         raise DataError(
             f"{path}: no SentencePiece model, or damaged ({error}); use a folder with tokenizer.json"
@@ -77,26 +97,34 @@ def read_model(path: Path) -> PieceModel:
     if not pieces or not any(number == _TRAINER for number, _, _ in others):
         raise DataError(f"{path}: no SentencePiece model (no pieces in it); use a folder with tokenizer.json")
     kind = model.setting(_TRAINER, _MODEL_TYPE, 1)
-    if kind != 2:
-        raise DataError(
-            f"{path}: a SentencePiece {_MODEL_TYPES.get(int(kind), kind)} model is not supported; use a BPE"
-        )
+    if kind not in MODEL_TYPES.values():
+        name = _OTHER_MODEL_TYPES.get(int(kind), int(kind))
+        raise DataError(f"{path}: a SentencePiece {name} model is not supported; use a BPE or a Unigram")
     if len({piece.text for piece in pieces}) != len(pieces):
         raise DataError(f"{path}: {len(pieces) - len({p.text for p in pieces})} pieces occur twice; repair the model")
     if sum(piece.kind == BYTE for piece in pieces) != 256:
-        raise DataError(f"{path}: a SentencePiece BPE without byte fallback is not supported; train with byte_fallback")
+        raise DataError(
+            f"{path}: a SentencePiece {model.algorithm} without byte fallback is not supported; use one with it"
+        )
     return model
 
 
 def append_pieces(model: PieceModel, added: list[Piece]) -> PieceModel:
     """Return the model with pieces behind all old ones."""
-    others = [
-        (number, wire, _set_varint(value, _VOCAB_SIZE, len(model.pieces) + len(added)))
-        if number == _TRAINER and isinstance(value, bytes)
-        else (number, wire, value)
-        for number, wire, value in model.others
-    ]
-    return replace(model, pieces=(*model.pieces, *added), others=tuple(others))
+    return replace_pieces(model, [*model.pieces, *added])
+
+
+def replace_pieces(model: PieceModel, pieces: list[Piece], **changes: int) -> PieceModel:
+    """Return the model with other pieces and with ``changes`` to its settings, named as ``_CHANGEABLE`` lists them."""
+    numbers = {"vocab_size": len(pieces), **changes}
+    others = list(model.others)
+    for name, new in numbers.items():
+        message, field = _CHANGEABLE[name]
+        others = [
+            (number, wire, _set_varint(value, field, new) if number == message and isinstance(value, bytes) else value)
+            for number, wire, value in others
+        ]
+    return replace(model, pieces=tuple(pieces), others=tuple(others))
 
 
 def write_model(model: PieceModel, path: Path) -> None:
@@ -112,11 +140,7 @@ def convert_model(model: PieceModel, *, adds_bos: bool) -> Tokenizer:
         DataError: the model normalises text in a way this conversion does not carry over.
     """
     _require_plain_normalizer(model)
-    vocab = {piece.text: index for index, piece in enumerate(model.pieces)}
-    order = list_by_score(model)
-    unknown = next((piece.text for piece in model.pieces if piece.kind == UNKNOWN), None)
-    merges = list_merges(order, {text: vocab[text] for text in order})
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(make_algorithm(model))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -128,9 +152,27 @@ def convert_model(model: PieceModel, *, adds_bos: bool) -> Tokenizer:
     bos = "<s>"
     if adds_bos and bos in special:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 {bos}:1 $B:1", special_tokens=[(bos, vocab[bos])]
+            single=f"{bos}:0 $A:0",
+            pair=f"{bos}:0 $A:0 {bos}:1 $B:1",
+            special_tokens=[(bos, tokenizer.token_to_id(bos))],
         )
     return tokenizer
+
+
+def make_algorithm(model: PieceModel) -> models.BPE | models.Unigram:
+    """Build the part of a ``tokenizers.Tokenizer`` that cuts text into pieces, without what surrounds it."""
+    unknown = next((index for index, piece in enumerate(model.pieces) if piece.kind == UNKNOWN), None)
+    if model.algorithm == "Unigram":
+        lowest = min((piece.score for piece in model.pieces if piece.kind == NORMAL), default=-1.0)
+        # Less than the sum over the characters of any such text.
+        shunned = lowest * (1 + max(len(piece.text) for piece in model.pieces))
+        scores = [(piece.text, piece.score if piece.kind == NORMAL else shunned) for piece in model.pieces]
+        return models.Unigram(scores, unknown, byte_fallback=True)
+    vocab = {piece.text: index for index, piece in enumerate(model.pieces)}
+    order = list_by_score(model)
+    merges = list_merges(order, {text: vocab[text] for text in order})
+    name = None if unknown is None else model.pieces[unknown].text
+    return models.BPE(vocab, merges, unk_token=name, fuse_unk=True, byte_fallback=True)
 
 
 def list_by_score(model: PieceModel) -> list[str]:

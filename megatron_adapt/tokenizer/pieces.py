@@ -4,10 +4,11 @@ Two families are known, each with a spelling of its own:
 
 - ``byte_level``: BPE over UTF-8 bytes behind a pre-tokenizer (GPT-2, Llama 3, Qwen). A piece is written in
   256 *letters*, one per byte (``to_letters``, ``from_letters``).
-- ``sentencepiece``: BPE over characters with byte fallback (Llama 2, Mistral). A space is written U+2581, a
-  character without a piece of its own becomes ``<0xAB>`` byte pieces.
+- ``sentencepiece``: BPE (Llama 2, Mistral) or Unigram over characters with byte fallback. A space is written U+2581,
+  a character without a piece of its own becomes ``<0xAB>`` byte pieces.
 
-Everything else (Unigram, WordPiece, BPE without bytes to fall back on) is refused by name.
+Everything else (WordPiece, BPE or Unigram without bytes to fall back on) is refused by name. A Unigram has no merges
+to build on: it is read and measured, but is no base (``require_bpe``).
 Reads: ``tokenizer.json``, or a ``tokenizer.model`` alone, and the special tokens of ``tokenizer_config.json``.
 """
 
@@ -24,7 +25,7 @@ from tokenizers import Tokenizer
 
 from megatron_adapt.errors import DataError
 from megatron_adapt.files import read_json
-from megatron_adapt.tokenizer.model_proto import convert_model, read_model
+from megatron_adapt.tokenizer.model_proto import Algorithm, convert_model, read_model
 
 Kind = Literal["byte_level", "sentencepiece"]
 JSON_FILE = "tokenizer.json"
@@ -42,6 +43,7 @@ _FILE_PATTERNS = (
     "vocab.json",
     "merges.txt",
 )
+_MAX_HOLES = 1 << 16  # ids without a piece
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -52,13 +54,14 @@ class LoadedTokenizer:
     folder: Path
     tokenizer: Tokenizer
     kind: Kind
+    algorithm: Algorithm
     vocab_size: int
     "Highest id + 1, added tokens included."
     bos_id: int | None
     eos_id: int | None
     adds_bos: bool
     fingerprint: str
-    "Hash of ids, pieces, added tokens and merges."
+    "Hash of ids, pieces, added tokens and merges or scores."
 
 
 def read_tokenizer(folder: Path) -> LoadedTokenizer:
@@ -75,7 +78,10 @@ def read_tokenizer(folder: Path) -> LoadedTokenizer:
         tokenizer = convert_model(read_model(folder / MODEL_FILE), adds_bos=_wants_bos(folder))
     else:
         found = ", ".join(sorted(item.name for item in folder.iterdir())) if folder.is_dir() else "no such folder"
-        raise DataError(f"{folder}: holds no {JSON_FILE} and no {MODEL_FILE} ({found}); name a tokenizer folder")
+        raise DataError(
+            f"{folder}: holds no {JSON_FILE} and no {MODEL_FILE} ({found}); name a tokenizer folder, one that "
+            "transformers saved"
+        )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     ids = tokenizer.get_vocab(with_added_tokens=True)
@@ -87,6 +93,7 @@ def read_tokenizer(folder: Path) -> LoadedTokenizer:
         folder=folder,
         tokenizer=tokenizer,
         kind=_find_kind(content, folder),
+        algorithm=_find_algorithm(content["model"]),
         vocab_size=max(ids.values(), default=-1) + 1,
         bos_id=bos_id,
         eos_id=eos_id,
@@ -95,24 +102,44 @@ def read_tokenizer(folder: Path) -> LoadedTokenizer:
     )
 
 
+def read_content(tokenizer: LoadedTokenizer) -> dict[str, Any]:
+    """Read the ``tokenizer.json`` of a folder as written, or as made from a ``tokenizer.model`` that stands alone."""
+    path = tokenizer.folder / JSON_FILE
+    content: dict[str, Any] = read_json(path) if path.is_file() else orjson.loads(tokenizer.tokenizer.to_str())
+    content.setdefault("added_tokens", [])
+    return content
+
+
 def _parse_json(path: Path) -> Tokenizer:
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise DataError(f"{path}: no 'model' in it; this is not the tokenizer.json of the tokenizers library")
     _find_kind(content, path)
+    _check_highest_id(content["model"].get("vocab"), path)
     try:
         return Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{path}: the tokenizers library refuses it ({error}); fetch the file again") from None
 
 
+def _check_highest_id(vocab: Any, path: Path) -> None:
+    # A list as long as the highest id is made of it.
+    ids = [index for index in vocab.values() if isinstance(index, int)] if isinstance(vocab, dict) else []
+    if ids and max(ids) > _MAX_HOLES + 2 * len(ids):
+        raise DataError(
+            f"{path}: id {max(ids)} in a vocabulary of {len(ids)} pieces; the file is damaged, fetch it again"
+        )
+
+
 def _find_kind(content: dict[str, Any], where: Path) -> Kind:
     model = content["model"]
-    # Old files leave the type of a BPE out.
-    name = model.get("type") or ("BPE" if "merges" in model else "unknown")
+    name = _find_algorithm(model)
     wanted = "use a byte-level BPE (Llama 3, Qwen) or a SentencePiece BPE with byte fallback (Llama 2, Mistral)"
+    if name == "Unigram" and model.get("byte_fallback"):
+        return "sentencepiece"
     if name != "BPE":
-        raise DataError(f"{where}: a {name} tokenizer is not supported; {wanted}")
+        lacking = " without byte fallback" if name == "Unigram" else ""
+        raise DataError(f"{where}: a {name} tokenizer{lacking} is not supported; {wanted}")
     for setting in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(setting):
             raise DataError(f"{where}: a BPE with {setting} {model[setting]!r} is not supported; {wanted}")
@@ -123,6 +150,24 @@ def _find_kind(content: dict[str, Any], where: Path) -> Kind:
     raise DataError(f"{where}: a BPE with neither a byte-level pre-tokenizer nor byte fallback; {wanted}")
 
 
+def _find_algorithm(model: dict[str, Any]) -> Any:
+    # Old files leave the type out.
+    return model.get("type") or ("BPE" if "merges" in model else "Unigram" if "unk_id" in model else "unknown")
+
+
+def require_bpe(tokenizer: LoadedTokenizer) -> None:
+    """Refuse a tokenizer without merges.
+
+    Raises:
+        DataError: naming what it is.
+    """
+    if tokenizer.algorithm != "BPE":
+        raise DataError(
+            f"{tokenizer.folder}: a SentencePiece {tokenizer.algorithm} has no merges to build on; it can be measured, "
+            "trained with and evaluated, but to make another tokenizer of it use a BPE"
+        )
+
+
 def _mentions(value: Any, kind: str) -> bool:
     if isinstance(value, dict):
         return value.get("type") == kind or any(_mentions(item, kind) for item in value.values())
@@ -131,19 +176,28 @@ def _mentions(value: Any, kind: str) -> bool:
 
 def _wants_bos(folder: Path) -> bool:
     # LlamaTokenizer adds it unless told otherwise.
-    return bool(_read_settings(folder, CONFIG_FILE).get("add_bos_token", True))
+    return bool(read_settings(folder, CONFIG_FILE).get("add_bos_token", True))
 
 
-def _read_settings(folder: Path, name: str) -> dict[str, Any]:
-    settings: dict[str, Any] = read_json(folder / name) if (folder / name).is_file() else {}
+def read_settings(folder: Path, name: str) -> dict[str, Any]:
+    """Read a settings file of a tokenizer folder; nothing where there is none.
+
+    Raises:
+        DataError: it is no JSON object.
+    """
+    settings = read_json(folder / name) if (folder / name).is_file() else {}
+    if not isinstance(settings, dict):
+        raise DataError(f"{folder / name}: a JSON {type(settings).__name__}, not an object; fetch the file again")
     return settings
 
 
 def _find_special(folder: Path, tokenizer: Tokenizer, name: Literal["bos", "eos"]) -> int | None:
     for file in (CONFIG_FILE, "special_tokens_map.json"):
-        token = _read_settings(folder, file).get(f"{name}_token")
+        token = read_settings(folder, file).get(f"{name}_token")
         if token is not None:
-            content = token["content"] if isinstance(token, dict) else token
+            content = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(content, str):
+                raise DataError(f"{folder / file}: {name}_token is {token!r}, not a token; correct it")
             found: int | None = tokenizer.token_to_id(content)
             if found is None:
                 raise DataError(f"{folder / file}: {name}_token {content!r} is not in the vocabulary; correct it")
@@ -154,9 +208,13 @@ def _find_special(folder: Path, tokenizer: Tokenizer, name: Literal["bos", "eos"
 
 def _hash_content(content: dict[str, Any]) -> str:
     model = content["model"]
-    pieces = sorted((index, piece) for piece, index in model["vocab"].items())
     added = [(token["id"], token["content"], token["special"]) for token in content["added_tokens"]]
-    return hashlib.blake2b(orjson.dumps([pieces, added, split_merges(model["merges"])]), digest_size=16).hexdigest()
+    if _find_algorithm(model) == "Unigram":
+        parts = [model["vocab"], added]
+    else:
+        pieces = sorted((index, piece) for piece, index in model["vocab"].items())
+        parts = [pieces, added, split_merges(model["merges"])]
+    return hashlib.blake2b(orjson.dumps(parts), digest_size=16).hexdigest()
 
 
 def split_merges(merges: list[Any]) -> list[tuple[str, str]]:

@@ -32,7 +32,7 @@ from megatron_adapt.shape import LlamaShape
 from megatron_adapt.tokenizer.id_map import IdMap, read_id_map
 from megatron_adapt.tokenizer.pieces import read_tokenizer
 from megatron_adapt.vocab.fill import FILL_METHODS
-from megatron_adapt.vocab.fit import check_fit, list_runs
+from megatron_adapt.vocab.fit import check_fit, list_runs, renumber_companions
 from megatron_adapt.vocab.resize_megatron import resize_megatron
 
 _logger = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ def resize_vocab(config: ResizeVocab) -> None:
         _write_weights(source, partial, shape, id_map, config.settings.method)
         hf_config = {**read_config(config.model), "vocab_size": tokenizer.vocab_size}
         write_companions(partial, config=hf_config, source=config.model, tokenizer=tokenizer)
+        renumber_companions(partial, id_map)
         counts = {
             "base_vocab_size": id_map.base_vocab_size,
             "vocab_size": id_map.vocab_size,

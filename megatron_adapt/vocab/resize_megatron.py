@@ -44,7 +44,7 @@ from megatron_adapt.shape import pad_vocab_size
 from megatron_adapt.tokenizer.id_map import IdMap, read_id_map
 from megatron_adapt.tokenizer.pieces import read_tokenizer
 from megatron_adapt.vocab.fill import FILL_METHODS
-from megatron_adapt.vocab.fit import check_fit, list_runs
+from megatron_adapt.vocab.fit import check_fit, list_runs, renumber_companions
 
 _logger = logging.getLogger(__name__)
 _STATE = "optimizer.state."
@@ -105,6 +105,7 @@ def resize_megatron(config: ResizeVocab) -> None:
                 shutil.copyfile(extra, target / extra.name)
         hf_config = {**read_config(companions), "vocab_size": id_map.vocab_size}
         write_companions(partial / HF_FOLDER, config=hf_config, source=companions, tokenizer=tokenizer)
+        renumber_companions(partial / HF_FOLDER, id_map)
         write_latest(partial, None if folder.name == RELEASE else description.step)
         counts = {
             "base_vocab_size": id_map.base_vocab_size,

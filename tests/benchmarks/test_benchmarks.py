@@ -17,6 +17,7 @@ SIZES = {
     "blend": ("--size", "20000"),
     "merges": ("--size", "0.2", "--pieces", "100"),
     "convert": ("--size", "0.004"),
+    "text_loops": ("--size", "0.1"),
 }
 KEYS = {
     "attention": {"positions", "threads", "cases"},
@@ -26,6 +27,7 @@ KEYS = {
         "gb", "num_layers", "hidden_size", "seconds", "written_gb", "time_ratio", "start_mib", "extra_mib",
         "memory_ratio",
     },
+    "text_loops": {"mb", "real_text", "cases"},
 }  # fmt: skip
 CASE_KEYS = {
     "attention": {
@@ -36,6 +38,7 @@ CASE_KEYS = {
         "sources", "nanoseconds_per_window", "time_ratio", "twin_ratio", "worst_deviation_windows",
         "worst_shortfall_windows",
     },
+    "text_loops": {"case", "mb_per_second", "time_ratio"},
 }  # fmt: skip
 
 
@@ -64,6 +67,7 @@ def test_every_benchmark_is_tested():
         "blend",
         "merges",
         pytest.param("convert", marks=pytest.mark.slow),
+        "text_loops",
     ],
 )
 def test_the_last_line_holds_the_figures(name):

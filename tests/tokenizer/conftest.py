@@ -1,5 +1,6 @@
 import pytest
 
+from megatron_adapt.tokenizer.pieces import copy_tokenizer
 from tests.tokenizer.bases import learn_base
 
 
@@ -13,3 +14,16 @@ def bases(tmp_path_factory):
 @pytest.fixture(params=["byte_level", "sentencepiece"])
 def base(request, bases):
     return bases[request.param]
+
+
+@pytest.fixture
+def copy(bases, tmp_path):
+    """Copy a base, to be damaged."""
+
+    def make(kind, *without):
+        copy_tokenizer(bases[kind].folder, tmp_path / "base")
+        for name in without:
+            (tmp_path / "base" / name).unlink()
+        return tmp_path / "base"
+
+    return make

@@ -34,3 +34,11 @@ def test_what_the_pre_tokenizer_cuts_is_refused(bases):
     assert not accept("к л".encode())
     assert not accept(b"zq.zq")
     assert accept.reasons == {"cut by the pre-tokenizer": 2}
+
+
+def test_a_byte_that_sentencepiece_falls_back_to_is_no_new_piece(bases):
+    base = bases["sentencepiece"]
+    assert base.tokenizer.token_to_id("~") is None
+    accept = Acceptance(base, make_filter(()), frozenset(), frozenset())
+    assert accept.refuse(b"~") == "old piece"
+    assert not accept.reasons

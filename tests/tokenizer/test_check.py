@@ -8,16 +8,16 @@ from megatron_adapt.tokenizer.check import check_made, find_unreachable
 from megatron_adapt.tokenizer.id_map import map_ids
 from megatron_adapt.tokenizer.made import Made
 from megatron_adapt.tokenizer.model_proto import read_model, write_model
-from megatron_adapt.tokenizer.pieces import read_tokenizer, to_letters
+from megatron_adapt.tokenizer.pieces import copy_tokenizer, read_tokenizer, to_letters
 from megatron_adapt.tokenizer.words import strip_tokenizer
 from tests.tokenizer.bases import edit_json
 
 SAMPLE = ["the inter", "кот"]
 
 
-def check(base, folder, sample):
+def check(base, folder, sample, **promises):
     after = read_tokenizer(folder)
-    made = Made(keeps_ids=True, num_asked=1, reasons=Counter(), sample=sample, num_texts=1, num_bytes=1)
+    made = Made(keeps_ids=True, num_asked=1, reasons=Counter(), sample=sample, num_texts=1, num_bytes=1, **promises)
     return check_made(base, after, map_ids(base, after), made)
 
 
@@ -68,6 +68,37 @@ def test_files_that_disagree_are_found(bases, tmp_path):
     write_model(read_model(base.folder / "tokenizer.model"), tmp_path / "tokenizer.model")
     with pytest.raises(DataError, match=r"has other ids by tokenizer\.model"):
         check(base, tmp_path, [f"\n{spelled[0]}"])
+
+
+def test_what_a_method_cannot_promise_is_measured(bases, tmp_path, caplog):
+    base = bases["sentencepiece"]
+    spelled = write_extended(base, [new_piece(base), b"zqzqzq"], tmp_path)
+    write_model(read_model(base.folder / "tokenizer.model"), tmp_path / "tokenizer.model")
+    figures = check(base, tmp_path, ["the", f"\n{spelled[0]}"], is_safe=False)
+    # The old model has neither piece.
+    assert (figures["unreachable_by_json"], figures["unreachable_by_model"]) == (1, 2)
+    assert (figures["checked_against_model"], figures["differing_from_model"]) == (2, 1)
+    said = "1 of 2 new pieces are unreachable by tokenizer.json, 2 by tokenizer.model, and they cut 1 of 2 texts differ"
+    assert said in caplog.text
+
+
+def test_nothing_is_said_where_an_unsafe_method_did_no_harm(base, tmp_path, caplog):
+    write_extended(base, [new_piece(base)], tmp_path)
+    figures = check(base, tmp_path, SAMPLE, is_safe=False)
+    assert not any(figures[f"unreachable_by_{name}"] for name in ("json", "model"))
+    assert figures["differing_from_model"] == 0
+    assert "unreachable" not in caplog.text
+
+
+def test_text_that_only_the_new_tokenizer_keeps_is_no_loss(bases, tmp_path):
+    folder = tmp_path / "base"
+    copy_tokenizer(bases["byte_level"].folder, folder)
+    edit_json(folder / "tokenizer.json", lambda content: content.update(normalizer={"type": "Lowercase"}))
+    lossy, made = read_tokenizer(folder), tmp_path / "made"
+    made.mkdir()
+    write_extended(lossy, [new_piece(lossy)], made)
+    edit_json(made / "tokenizer.json", lambda content: content.update(normalizer=None))
+    assert check(lossy, made, ["The IN"])["checked_texts"] == 1
 
 
 def test_figures_count_tokens_of_the_sample(base, tmp_path):

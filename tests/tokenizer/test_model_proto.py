@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import sentencepiece
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_adapt.errors import DataError
@@ -14,6 +14,7 @@ from megatron_adapt.tokenizer.model_proto import (
     convert_model,
     list_merges,
     read_model,
+    replace_pieces,
     write_model,
 )
 from tests.tokenizer.bases import ODD_TEXTS, make_texts
@@ -29,6 +30,7 @@ def test_a_model_is_written_back_byte_for_byte(model, tmp_path):
     assert (tmp_path / "again.model").read_bytes() == model.path.read_bytes()
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.text(min_size=1), st.floats(width=32, allow_nan=False), st.integers(1, 5)), max_size=5))
 def test_appended_pieces_are_read_back(bases, tmp_path_factory, added):
     model = read_model(bases["sentencepiece"].folder / "tokenizer.model")
@@ -62,21 +64,49 @@ def test_all_splits_are_listed_in_the_order_of_the_pieces():
     assert list_merges(["bc", "abc"], ids) == [("b", "c"), ("a", "bc"), ("ab", "c")]
 
 
-def train(path, **settings):
+def train(path, **changes):
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(make_texts("en")), model_writer=written, minloglevel=2, **settings
+        sentence_iterator=iter(make_texts("en")), model_writer=written, minloglevel=2, **changes
     )
     path.write_bytes(written.getvalue())
     return path
 
 
+def test_a_unigram_is_converted_too_and_nothing_that_only_looks_like_text_is_chosen(tmp_path):
+    plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
+    letters = "<>/x0123456789ABCDEFsunk"
+    path = train(tmp_path / "tokenizer.model", model_type="unigram", vocab_size=400, required_chars=letters, **plain)
+    model = read_model(path)
+    assert model.algorithm == "Unigram"
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    converted = convert_model(model, adds_bos=False)
+    for text in [*ODD_TEXTS, "x<0x41>y", "<0x0A>", *make_texts("en", 20), *make_texts("ja", 5)]:
+        assert converted.encode(text).ids == reference.encode(text)
+        assert converted.decode(converted.encode(text).ids) == text.replace("▁", " ")
+    assert "<0x41>" not in converted.encode("x<0x41>y").tokens
+
+
+def test_replaced_pieces_and_settings_are_read_back_and_everything_else_stays(model, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    write_model(replace_pieces(model, list(model.pieces[:300]), model_type=1), path)
+    again = read_model(path)
+    assert (again.pieces, again.algorithm) == (model.pieces[:300], "Unigram")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    word = next(piece.text for piece in model.pieces[260:] if piece.text.isalpha())
+    assert (processor.vocab_size(), processor.encode(word, out_type=str)[-1]) == (300, word)
+    write_model(replace_pieces(again, list(model.pieces), model_type=2), path)
+    assert path.read_bytes() == model.path.read_bytes()
+    write_model(replace_pieces(model, list(model.pieces), add_dummy_prefix=0), path)
+    assert not sentencepiece.SentencePieceProcessor(model_file=str(path)).encode("a", out_type=str)[0].startswith("▁")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "unigram", "vocab_size": 60}, "a SentencePiece Unigram model is not supported"),
+        ({"model_type": "unigram", "vocab_size": 60}, "a SentencePiece Unigram without byte fallback"),
         ({"model_type": "word", "vocab_size": 50}, "a SentencePiece Word model is not supported"),
-        ({"model_type": "bpe", "vocab_size": 60}, "without byte fallback"),
+        ({"model_type": "bpe", "vocab_size": 60}, "a SentencePiece BPE without byte fallback"),
     ],
 )
 def test_other_models_are_refused_by_name(tmp_path, settings, message):

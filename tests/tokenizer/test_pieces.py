@@ -4,18 +4,22 @@ import shutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from megatron_adapt.errors import DataError
+from megatron_adapt.tokenizer.base import check_base
 from megatron_adapt.tokenizer.pieces import (
     copy_tokenizer,
     encode_texts,
     from_letters,
     piece_bytes,
     read_tokenizer,
+    require_bpe,
+    to_byte_piece,
     to_letters,
 )
+from megatron_adapt.tokenizer.words import strip_tokenizer
 from tests.tokenizer.bases import ODD_TEXTS, edit_json, make_texts
 
 
@@ -103,7 +107,7 @@ def save(tokenizer, folder):
 @pytest.mark.parametrize(
     ("model", "found"),
     [
-        (models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0), "Unigram tokenizer is not supported"),
+        (models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0), "Unigram tokenizer without byte fallback is not"),
         (models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"), "WordPiece tokenizer is not supported"),
         (models.WordLevel({"a": 0}, unk_token="a"), "WordLevel tokenizer is not supported"),
         (models.BPE({"a": 0}, []), "neither a byte-level pre-tokenizer nor byte fallback"),
@@ -114,6 +118,43 @@ def save(tokenizer, folder):
 def test_other_families_are_refused_by_name(tmp_path, model, found):
     with pytest.raises(DataError, match=found):
         read_tokenizer(save(Tokenizer(model), tmp_path))
+
+
+def write_unigram(folder, *scores):
+    pieces = [("<unk>", 0.0), *((to_byte_piece(byte), -99.0) for byte in range(256)), *scores]
+    tokenizer = Tokenizer(models.Unigram(pieces, 0, byte_fallback=True))
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True, normalized=False)])
+    folder.mkdir()
+    return read_tokenizer(save(tokenizer, folder))
+
+
+def test_a_unigram_with_bytes_is_read_as_sentencepiece(tmp_path):
+    tokenizer = write_unigram(tmp_path / "a", ("a", -3.0), ("b", -3.0), ("▁ab", -4.0))
+    assert (tokenizer.kind, tokenizer.algorithm, tokenizer.vocab_size) == ("sentencepiece", "Unigram", 261)
+    spelled = piece_bytes(tokenizer)
+    assert [spelled[index] for index in encode_texts(tokenizer, ["ba▁abé"])[0]] == [
+        b"b",
+        b"a",
+        b" ab",
+        b"\xc3",
+        b"\xa9",
+    ]
+    assert strip_tokenizer(tokenizer).encode("▁ab").ids == [259]
+
+
+def test_fingerprint_tells_scores_of_a_unigram_apart(tmp_path):
+    scores = ("a", -3.0), ("b", -3.0)
+    first = write_unigram(tmp_path / "a", *scores).fingerprint
+    assert write_unigram(tmp_path / "b", *scores).fingerprint == first
+    assert write_unigram(tmp_path / "c", ("a", -3.0), ("b", -3.5)).fingerprint != first
+
+
+def test_a_unigram_is_no_base_and_no_donor_of_pieces(bases, tmp_path):
+    unigram = write_unigram(tmp_path / "a", ("a", -3.0))
+    require_bpe(bases["sentencepiece"])
+    for method in (require_bpe, check_base):
+        with pytest.raises(DataError, match="a SentencePiece Unigram has no merges to build on"):
+            method(unigram)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):

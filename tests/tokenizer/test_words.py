@@ -5,6 +5,7 @@ import pytest
 
 from megatron_adapt.errors import DataError
 from megatron_adapt.tokenizer.filters import make_filter
+from megatron_adapt.tokenizer.merges import learn_merges
 from megatron_adapt.tokenizer.pieces import copy_tokenizer, from_letters, read_tokenizer, to_letters
 from megatron_adapt.tokenizer.words import count_words, segment_words, strip_tokenizer
 from tests.tokenizer.bases import ODD_TEXTS, edit_json, make_texts
@@ -43,8 +44,11 @@ def test_symbols_spell_the_words(base):
     counts = count_words(base, [*ODD_TEXTS, *make_texts("ja", 5), *make_texts("en", 5)], make_filter(())).counts
     segmented = segment_words(base, counts)
     spell = from_letters if base.kind == "byte_level" else str.encode
-    assert segmented.counts.tolist() == list(counts.values())
-    assert [b"".join(word).replace(b"\xff", b"") for word in list_words(segmented)] == [spell(word) for word in counts]
+    # Behind the words stand the missing characters that a piece would save several tokens for.
+    assert segmented.counts.tolist()[: len(counts)] == list(counts.values())
+    spelled = [b"".join(word).replace(b"\xff", b"") for word in list_words(segmented)]
+    assert spelled[: len(counts)] == [spell(word) for word in counts]
+    assert all(len(data.decode()) == 1 and len(data) > 2 for data in spelled[len(counts) :])
 
 
 def test_words_are_cut_by_the_base_merges(base):
@@ -58,6 +62,19 @@ def test_a_missing_character_is_its_first_byte_and_the_rest(bases):
     segmented = segment_words(bases["sentencepiece"], Counter(["▁日e\x01", "a é"]))
     assert list_words(segmented)[0] == ["▁".encode(), b"\xe6", b"\x97\xa5", b"e", b"\xff", b"\x01\xff"]
     assert list_words(segmented)[1][-2:] == [b"\xc3", b"\xa9"]
+
+
+def test_a_missing_character_counts_for_every_token_it_saves(bases):
+    counts = Counter({"▁日": 5, "日é😀": 2, "ж": 9, "本": 1})
+    segmented = segment_words(bases["sentencepiece"], counts)
+    added = list(zip(list_words(segmented), segmented.counts.tolist(), strict=True))[len(counts) :]
+    # Three bytes save two tokens where a merge of two pieces saves one, four bytes save three; once is rare.
+    assert added == [([b"\xe6", b"\x97\xa5"], 7), ([b"\xf0", "😀".encode()[1:]], 4)]
+    assert [piece for piece, _ in learn_merges(segmented, 3, 2, lambda piece: True)] == [
+        "日".encode(),
+        "ж".encode(),
+        "😀".encode(),
+    ]
 
 
 def test_an_incomplete_byte_alphabet_is_refused(bases, tmp_path):
