@@ -39,9 +39,9 @@ def setup_logging() -> None:
 
 
 class Advance(Protocol):
-    """Reports ``amount`` more units of work as done."""
+    """Reports ``amount`` more units of work as done; ``note`` is shown behind the figures."""
 
-    def __call__(self, amount: float = 1) -> None:
+    def __call__(self, amount: float = 1, note: str = "") -> None:
         """Advance the bar."""
 
 
@@ -61,7 +61,7 @@ def show_progress(what: str, total: float | None, unit: str) -> Iterator[Advance
     state = {"done": 0.0, "next": time.monotonic() + _LINE_EVERY_SECONDS}
     start = time.monotonic()
 
-    def advance_lines(amount: float = 1) -> None:
+    def advance_lines(amount: float = 1, note: str = "") -> None:
         state["done"] += amount
         if time.monotonic() < state["next"]:
             return
@@ -70,7 +70,8 @@ def show_progress(what: str, total: float | None, unit: str) -> Iterator[Advance
         share = f" of {total:,.0f}" if total else ""
         left = f", {(total - state['done']) / speed:,.0f} s left" if total and speed else ""
         logging.getLogger(__name__).info(
-            "%s: %s%s %s, %s %s/s%s", what, f"{state['done']:,.0f}", share, unit, f"{speed:,.1f}", unit, left
+            "%s: %s%s %s, %s %s/s%s%s",
+            *(what, f"{state['done']:,.0f}", share, unit, f"{speed:,.1f}", unit, left, note and f"; {note}"),
         )
 
     yield advance_lines
@@ -82,12 +83,13 @@ def _show_bar(what: str, total: float | None, unit: str) -> Iterator[Advance]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     count = TextColumn("{task.completed:,.0f} {task.fields[unit]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
+    note_column = TextColumn("{task.fields[note]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn(), note_column)
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=total, unit=unit)
+        task = progress.add_task(what, total=total, unit=unit, note="")
 
-        def advance_bar(amount: float = 1) -> None:
-            progress.advance(task, amount)
+        def advance_bar(amount: float = 1, note: str = "") -> None:
+            progress.update(task, advance=amount, note=note)
 
         yield advance_bar
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from megatron_adapt.config.require import require
 
@@ -11,26 +12,42 @@ class DataSettings:
     """How documents become tokens (table ``[data]``)."""
 
     workers: int = 1
-    "Processes that tokenise."
+    "Processes that tokenise; the number of cores is best."
     append_eod: bool = True
     "End every document with the tokenizer's end-of-document token."
+    backend: Literal["auto", "tokenizers", "gigatoken"] = "auto"
+    """auto: gigatoken where it is installed and gives the same ids on a sample of the corpus, else tokenizers.
+    gigatoken: stop if it does not."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """fail: stop at the first line that is no document. skip: leave such lines out, count them and list them in
+    PREFIX.skipped.txt. A damaged compressed file stops both."""
+    partitions: int = 0
+    "Cut the input into at least this many chunks, the units of work and of restart; 0: as many as the workers need."
 
     def __post_init__(self) -> None:
         require(self.workers >= 1, f"data.workers: {self.workers} is below 1; use the number of cores")
+        require(self.partitions >= 0, f"data.partitions: {self.partitions} is below 0; use 0 or a number of chunks")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessData:
-    """Tokenise documents into PREFIX.bin and PREFIX.idx, readable by megatron-core."""
+    """Tokenise documents into PREFIX.bin and PREFIX.idx, readable by megatron-core. A run that was killed goes on."""
 
     input: tuple[Path, ...]
-    "Files to read, in this order."
+    "Files to read, in this order: JSON lines, plain, gzip or zstd (recognised by content)."
     tokenizer: Path
     "Folder of the tokenizer."
     output_prefix: Path
     "Path of the output without .bin and .idx."
-    json_key: str = "text"
-    "Key of the text in a JSON document."
+    json_keys: tuple[str, ...] = ("text",)
+    "Key of the text in a JSON document. Several keys: an output each, PREFIX_KEY.bin and PREFIX_KEY.idx."
     overwrite: bool = False
-    "Replace the output files if they exist."
+    "Replace the output files if they exist, and an unfinished run that cannot be continued."
     settings: DataSettings = field(default_factory=lambda: DataSettings(append_eod=False))
+
+    def __post_init__(self) -> None:
+        require(bool(self.json_keys), "--json-keys: empty; name the key of the text")
+        twice = sorted({key for key in self.json_keys if self.json_keys.count(key) > 1})
+        require(not twice, f"--json-keys: {', '.join(twice)} twice; name each key once")
+        for key in self.json_keys:
+            require("/" not in key or len(self.json_keys) == 1, f"--json-keys: {key!r} is no part of a file name")

@@ -20,6 +20,8 @@ from megatron_adapt.errors import DataError
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _BLOCK_BYTES = 1 << 13  # compressed; repetitive text is a thousand times as long
+DAMAGE = (zstandard.ZstdError, zlib.error, EOFError, OSError)
+"What reading a damaged or truncated compressed file raises."
 
 
 class _ZstdStream(io.RawIOBase):
@@ -68,7 +70,11 @@ def open_lines(path: Path) -> BinaryIO | gzip.GzipFile:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the path")
-    raw = path.open("rb")
+    return decompress(path.open("rb"))
+
+
+def decompress(raw: BinaryIO) -> BinaryIO | gzip.GzipFile:
+    """Return a reader of the text behind an open file: itself, unless its first bytes say gzip or zstd."""
     magic = raw.read(4)
     raw.seek(0)
     if magic.startswith(_GZIP_MAGIC):
@@ -76,6 +82,11 @@ def open_lines(path: Path) -> BinaryIO | gzip.GzipFile:
     if magic == _ZSTD_MAGIC:
         return io.BufferedReader(_ZstdStream(raw), 1 << 20)
     return raw
+
+
+def damage_error(where: str, error: Exception) -> DataError:
+    """Return the error of a file that cannot be decompressed to its end; ``DAMAGE`` are the exceptions that tell."""
+    return DataError(f"{where}: the compressed file is damaged ({error}); fetch it again")
 
 
 def read_documents(paths: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -90,18 +101,21 @@ def read_documents(paths: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]
             while True:
                 try:
                     line = lines.readline()
-                except (zstandard.ZstdError, zlib.error, EOFError, OSError) as error:
-                    raise DataError(
-                        f"{path}:{number + 1}: the compressed file is damaged ({error}); fetch it again"
-                    ) from None
+                except DAMAGE as error:
+                    raise damage_error(f"{path}:{number + 1}", error) from None
                 if not line:
                     break
                 number += 1
                 if line.strip():
-                    yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+                    yield f"{path}:{number}", parse_line(line, f"{path}:{number}")
 
 
-def _parse(line: bytes, where: str) -> dict[str, Any]:
+def parse_line(line: bytes, where: str) -> dict[str, Any]:
+    """Return the document of one line.
+
+    Raises:
+        DataError: the line is no JSON object.
+    """
     try:
         document = orjson.loads(line)
     except orjson.JSONDecodeError as error:

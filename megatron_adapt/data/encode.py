@@ -1,111 +1,142 @@
 """Tokenise documents into PREFIX.bin, PREFIX.idx and PREFIX.stage.json.
 
-Reads: files of one JSON document a line, and a tokenizer folder. Writes: the three files, or none.
-Guarantees: documents keep their order; the output is the same for any number of workers, byte for byte; the first
-mistake stops the work with one line that names file and line; documents of white space alone are left out and
-counted. Ids are those of the tokenizer with its default special tokens (as in Megatron-LM's ``preprocess_data.py``),
-then the end-of-document token if asked for.
+Reads: files of one JSON document a line, and a tokenizer folder. Writes: the three files, or none; PREFIX.skipped.txt
+where lines were left out; while it runs, and after it was stopped, the folder PREFIX.unfinished.
+Guarantees: documents keep their order; the output is the same byte for byte for any number of workers, any backend, any
+size of the chunks, and however often the run was killed and started again; the first mistake stops the work with one
+line that names file and line; documents of white space alone are left out and counted. Ids are those of the tokenizer
+with its default special tokens (as in Megatron-LM's ``preprocess_data.py``), then the end-of-document token if asked
+for.
 
 Method:
-1. ``_collect_batches`` groups documents into batches of about a megabyte.
-2. ``_encode_batches`` tokenises them in this process or in several; at most two batches a worker are under way,
-   so memory does not grow with the corpus. Every process tokenises on one thread: ``workers`` is the cores used.
-3. ``write_tokens`` appends the arrays in order.
+1. ``cut_files`` (corpus/chunks.py) cuts the input; workers (worker.py) encode chunks and write parts.
+2. A row of the manifest (manifest.py) says that the parts of a chunk are written; ``Joiner`` (shards.py) appends them.
+   Chunks that have a row when the run starts are only compared with their hash.
+3. ``choose_backend`` (backend.py) decides on gigatoken; a text of every chunk is compared with what tokenizers gives.
+4. ``publish`` moves the joined files to their places.
+
+Costs: the parent appends ready files, at the speed of the disk; a compressed file is decompressed by the parent alone,
+at about 500 MB/s (zstd) or 250 MB/s (gzip). Memory: per worker the tokenizer, its caches and a chunk of 16 MiB at most.
 """
 
-import os
-import signal
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import chain
-from multiprocessing import get_context
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_adapt.config import PreprocessData
-from megatron_adapt.corpus.documents import get_text, read_documents
-from megatron_adapt.data.index import bin_path, idx_path, token_dtype, write_tokens
+from megatron_adapt.corpus.chunks import cut_files, sample_lines
+from megatron_adapt.corpus.documents import get_text, parse_line
+from megatron_adapt.data.backend import BackendDiffersError, WantedBackend, choose_backend, find_affixes
+from megatron_adapt.data.crew import Worker, start_workers
+from megatron_adapt.data.index import bin_path, idx_path, token_dtype
+from megatron_adapt.data.manifest import (
+    Manifest,
+    clear_folder,
+    is_finished,
+    lock_folder,
+    open_manifest,
+    read_header,
+    remove_folder,
+    unfinished_folder,
+)
 from megatron_adapt.data.record import TokensRecord, record_path
-from megatron_adapt.errors import AdaptError, ConfigError, DataError
-from megatron_adapt.files import require_file, write_stage
+from megatron_adapt.data.run import InputChangedError, Run, write_error
+from megatron_adapt.data.shards import Joiner, publish
+from megatron_adapt.data.worker import Job
+from megatron_adapt.errors import ConfigError, DataError
+from megatron_adapt.files import replace_file, require_file, write_stage
 from megatron_adapt.logs import show_progress
-from megatron_adapt.tokenizer.pieces import LoadedTokenizer, encode_texts, read_tokenizer
+from megatron_adapt.tokenizer.pieces import LoadedTokenizer, read_tokenizer
 
-_BATCH_BYTES = 1 << 20
-_THREADS_SWITCH = "TOKENIZERS_PARALLELISM"
+_MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 1 << 18, 16 << 20
+_CHUNKS_PER_WORKER = 16
+"Enough that no worker waits long for the last one."
+_SAMPLE_TEXTS, _SAMPLE_CHARACTERS = 64, 2000
 
-
-@dataclass(frozen=True)
-class TextBatch:
-    """Consecutive documents."""
-
-    where: str
-    "Place of the first one, file:line."
-    texts: list[str]
-    num_bytes: int
-    "UTF-8 bytes of all texts."
-    num_skipped: int
-    "Empty documents met on the way."
+_logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TokenBatch:
-    """The same documents as ids."""
-
-    ids_N: NDArray[Any]
-    lengths_D: NDArray[np.int32]
-    num_bytes: int
-    num_skipped: int
-
-
-def preprocess_data(config: PreprocessData) -> TokensRecord:
+def preprocess_data(config: PreprocessData) -> dict[str, TokensRecord]:
     """Tokenise the documents of ``config.input``, in order.
 
+    Returns:
+        The record of every key's output.
+
     Raises:
-        ConfigError: the output exists and ``overwrite`` is off.
-        DataError: an input is missing, damaged or empty, or the tokenizer cannot do what was asked.
+        ConfigError: the output exists and ``overwrite`` is off, another job writes it, or an unfinished run with other
+            settings lies there.
+        DataError: an input is missing, damaged, empty or changed, the tokenizer cannot do what was asked, or the
+            output cannot be written.
     """
-    prefix = config.output_prefix
-    outputs = (bin_path(prefix), idx_path(prefix), record_path(prefix))
-    for path in outputs:
-        if path.exists() and not config.overwrite:
-            raise ConfigError(f"{path}: exists already; name another prefix or add --overwrite")
     for path in config.input:
         require_file(path, "--input")
-    tokenizer = read_tokenizer(config.tokenizer)
-    eod_id = _find_eod(tokenizer) if config.settings.append_eod else None
-    num_bytes = num_skipped = 0
-    with write_tokens(prefix, tokenizer.vocab_size) as writer:
-        batches = _collect_batches(config.input, config.json_key)
-        with show_progress(f"tokenising {prefix.name}", None, "MB") as advance:
-            for batch in _encode_batches(batches, tokenizer, eod_id, config.settings.workers):
-                writer.add_documents(batch.ids_N, batch.lengths_D)
-                num_bytes += batch.num_bytes
-                num_skipped += batch.num_skipped
-                advance(batch.num_bytes / 1e6)
-        if writer.num_tokens == 0:
-            names = " ".join(str(path) for path in config.input)
-            raise DataError(f"{names}: no documents ({num_skipped} empty ones); name files with text")
-        record_path(prefix).unlink(missing_ok=True)
-    record = TokensRecord(
-        documents=writer.num_documents,
-        skipped_documents=num_skipped,
-        tokens=writer.num_tokens,
-        bytes=num_bytes,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        eod_id=tokenizer.eos_id,
-    )
-    inputs = [*config.input, config.tokenizer]
-    write_stage(record_path(prefix), config=config, inputs=inputs, counts=asdict(record))
-    return record
+    try:
+        return _preprocess(config, config.settings.backend, begin_anew=False)
+    except InputChangedError as error:
+        if not config.overwrite:
+            raise
+        _logger.warning("%s; beginning anew", error)
+        return _preprocess(config, config.settings.backend, begin_anew=True)
+    except BackendDiffersError as error:
+        if config.settings.backend == "gigatoken":
+            raise
+        _logger.warning("%s; beginning anew with tokenizers, which is slower", error)
+        return _preprocess(config, "tokenizers", begin_anew=True)
+
+
+def _preprocess(config: PreprocessData, backend: WantedBackend, *, begin_anew: bool) -> dict[str, TokensRecord]:
+    folder = unfinished_folder(config.output_prefix)
+    with start_workers(config.settings.workers) as workers:
+        tokenizer = read_tokenizer(config.tokenizer)
+        eod_id = _find_eod(tokenizer) if config.settings.append_eod else None
+        with _explain_write_errors(folder), lock_folder(folder):
+            _refuse_existing(config, folder)
+            if begin_anew:
+                clear_folder(folder)
+            job = _make_job(config, backend, tokenizer, eod_id, folder)
+            header = _make_header(config, job)
+            with closing(open_manifest(folder, header, discard=config.overwrite)) as manifest:
+                skipped_lines = _encode(config, workers, tokenizer, job, manifest)
+                records = _count(config, tokenizer, manifest)
+                publish(manifest, list(_name_outputs(config).values()), np.dtype(job.dtype))
+            _write_records(config, records, skipped_lines, job.backend)
+            remove_folder(folder)
+    return records
+
+
+def _name_outputs(config: PreprocessData) -> dict[str, Path]:
+    """Return the prefix of every key's output."""
+    prefix = config.output_prefix
+    if len(config.json_keys) == 1:
+        return {config.json_keys[0]: prefix}
+    return {key: prefix.with_name(f"{prefix.name}_{key}") for key in config.json_keys}
+
+
+def _skipped_path(config: PreprocessData) -> Path:
+    return config.output_prefix.with_name(f"{config.output_prefix.name}.skipped.txt")
+
+
+def _refuse_existing(config: PreprocessData, folder: Path) -> None:
+    if config.overwrite or is_finished(folder):  # what was killed while it moved its files goes on
+        return
+    for prefix in _name_outputs(config).values():
+        for path in (bin_path(prefix), idx_path(prefix), record_path(prefix)):
+            if path.exists():
+                raise ConfigError(f"{path}: exists already; name another prefix or add --overwrite")
+
+
+@contextmanager
+def _explain_write_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise write_error(folder, error.strerror or str(error)) from None
 
 
 def _find_eod(tokenizer: LoadedTokenizer) -> int:
@@ -117,100 +148,113 @@ def _find_eod(tokenizer: LoadedTokenizer) -> int:
     return tokenizer.eos_id
 
 
-def _collect_batches(paths: Iterable[Path], text_key: str) -> Iterator[TextBatch]:
-    first, texts, num_bytes, num_skipped = "", list[str](), 0, 0
-    for where, document in read_documents(paths):
-        text = get_text(document, text_key, where)
-        first = first or where
-        if not text.strip():
-            num_skipped += 1
-            continue
-        texts.append(text)
-        num_bytes += len(text.encode())
-        if num_bytes >= _BATCH_BYTES:
-            yield TextBatch(first, texts, num_bytes, num_skipped)
-            first, texts, num_bytes, num_skipped = "", [], 0, 0
-    if first:
-        yield TextBatch(first, texts, num_bytes, num_skipped)
-
-
-def _encode_batches(
-    batches: Iterator[TextBatch], tokenizer: LoadedTokenizer, eod_id: int | None, workers: int
-) -> Iterator[TokenBatch]:
-    """Yield every batch tokenised, in order."""
-    if workers == 1:
-        with _single_thread():
-            for batch in batches:
-                yield encode_batch(tokenizer, batch, eod_id)
-        return
-    pool = ProcessPoolExecutor(
-        workers,
-        # A forked child would inherit the tokenizer's threads in an unknown state.
-        mp_context=get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer.folder, eod_id),
+def _make_job(
+    config: PreprocessData, backend: WantedBackend, tokenizer: LoadedTokenizer, eod_id: int | None, folder: Path
+) -> Job:
+    tokenizer_json = tokenizer.tokenizer.to_str()
+    stored = read_header(folder)
+    if backend == "auto" and stored.get("tokenizer") == _hash_text(tokenizer_json):
+        backend = stored["backend"]
+    chosen = choose_backend(backend, tokenizer, _sample_texts(config))
+    return Job(
+        folder=folder,
+        backend=chosen,
+        tokenizer_json=tokenizer_json,
+        affixes=find_affixes(tokenizer.tokenizer) if chosen == "gigatoken" else ([], []),
+        dtype=token_dtype(tokenizer.vocab_size).str,
+        eod_id=eod_id,
+        json_keys=config.json_keys,
+        skip_errors=config.settings.on_error == "skip",
     )
-    under_way: deque[Future[TokenBatch]] = deque()
-    try:
-        for batch in batches:
-            under_way.append(pool.submit(_work, batch))
-            if len(under_way) >= 2 * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    except BrokenProcessPool:
-        raise DataError(
-            f"--workers: one of {workers} processes was ended from outside, perhaps for lack of memory; use fewer"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-@contextmanager
-def _single_thread() -> Iterator[None]:
-    before = os.environ.get(_THREADS_SWITCH)
-    os.environ[_THREADS_SWITCH] = "false"
-    try:
-        yield
-    finally:
-        os.environ.pop(_THREADS_SWITCH)
-        if before is not None:
-            os.environ[_THREADS_SWITCH] = before
+def _sample_texts(config: PreprocessData) -> Iterator[str]:
+    for line in sample_lines(config.input, _SAMPLE_TEXTS):
+        with suppress(DataError):  # named later, with its line
+            document = parse_line(line, "")
+            for key in config.json_keys:
+                yield get_text(document, key, "")[:_SAMPLE_CHARACTERS]
 
 
-_worker: dict[str, Any] = {}
-"The tokenizer of a worker process; it is read once."
+def _make_header(config: PreprocessData, job: Job) -> dict[str, Any]:
+    total = sum(path.stat().st_size for path in config.input)
+    smallest, num_chunks = _MIN_CHUNK_BYTES, _CHUNKS_PER_WORKER * config.settings.workers
+    if config.settings.partitions:
+        smallest, num_chunks = 1, config.settings.partitions
+    return {
+        "format": 1,
+        "tokenizer": _hash_text(job.tokenizer_json),
+        "eod_id": job.eod_id,
+        "json_keys": list(job.json_keys),
+        "backend": job.backend,
+        "chunk_bytes": min(max(total // num_chunks, smallest), _MAX_CHUNK_BYTES),
+    }
 
 
-def _start_worker(folder: Path, eod_id: int | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the work
-    os.environ[_THREADS_SWITCH] = "false"
-    _worker.update(tokenizer=read_tokenizer(folder), eod_id=eod_id)
+def _hash_text(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _work(batch: TextBatch) -> TokenBatch:
-    return encode_batch(_worker["tokenizer"], batch, _worker["eod_id"])
+def _encode(
+    config: PreprocessData, workers: Sequence[Worker], tokenizer: LoadedTokenizer, job: Job, manifest: Manifest
+) -> list[str]:
+    """Encode what is not done yet and join all parts; return the lines that were left out, and why."""
+    if not job.skip_errors:
+        for row in [row for row in manifest.rows.values() if row.skipped_lines]:
+            del manifest.rows[row.number]  # skipped by a run that was told to; this one stops there
+    for worker in workers:
+        worker.send(job)
+    chunks = cut_files(config.input, manifest.header["chunk_bytes"])
+    total = sum(path.stat().st_size for path in config.input) / 1e6
+    with ExitStack() as stack:
+        joiner = None
+        if not manifest.is_finished:
+            joiner = stack.enter_context(Joiner(manifest, len(config.json_keys), np.dtype(job.dtype)))
+        advance = stack.enter_context(show_progress(f"tokenising {config.output_prefix.name}", total, "MB"))
+        run = Run(
+            job=job, tokenizer=tokenizer.tokenizer, workers=workers, manifest=manifest, joiner=joiner, advance=advance
+        )
+        run.encode_chunks(chunks)
+        if joiner:
+            joiner.sync()
+    return list(run.list_skipped())
 
 
-def encode_batch(tokenizer: LoadedTokenizer, batch: TextBatch, eod_id: int | None) -> TokenBatch:
-    """Tokenise one batch.
+def _count(config: PreprocessData, tokenizer: LoadedTokenizer, manifest: Manifest) -> dict[str, TokensRecord]:
+    """Return what the output of every key holds."""
+    records = {}
+    for at, key in enumerate(config.json_keys):
+        parts = [row.parts[at] for row in manifest.rows.values()]
+        record = records[key] = TokensRecord(
+            documents=sum(part.documents for part in parts),
+            skipped_documents=sum(part.skipped_documents for part in parts),
+            tokens=sum(part.tokens for part in parts),
+            bytes=sum(part.bytes for part in parts),
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eod_id=tokenizer.eos_id,
+        )
+        if record.tokens == 0:
+            clear_folder(manifest.folder)
+            names = " ".join(map(str, config.input))
+            lines = sum(len(row.skipped_lines) for row in manifest.rows.values())
+            raise DataError(
+                f"{names}: no documents under {key!r} ({record.skipped_documents} empty ones, {lines} lines skipped); "
+                "name files with text"
+            )
+    return records
 
-    Raises:
-        DataError: the tokenizer fails on a text.
-    """
-    try:
-        ids = encode_texts(tokenizer, batch.texts)
-    except AdaptError:
-        raise
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(
-            f"{batch.where}: the tokenizer failed on this or one of the next {len(batch.texts) - 1} documents "
-            f"({error}); correct the text or the tokenizer"
-        ) from None
-    dtype = token_dtype(tokenizer.vocab_size)
-    kept = [document for document in ids if document]  # a normalizer may leave nothing of a text
-    ending = () if eod_id is None else (eod_id,)
-    lengths_D = np.fromiter((len(document) + len(ending) for document in kept), np.int32, len(kept))
-    flat = chain.from_iterable(chain(document, ending) for document in kept)
-    ids_N = np.fromiter(flat, dtype, int(lengths_D.sum()))
-    return TokenBatch(ids_N, lengths_D, batch.num_bytes, batch.num_skipped + len(ids) - len(kept))
+
+def _write_records(
+    config: PreprocessData, records: dict[str, TokensRecord], skipped_lines: list[str], backend: str
+) -> None:
+    path = _skipped_path(config)
+    path.unlink(missing_ok=True)
+    if skipped_lines:
+        with replace_file(path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in skipped_lines), encoding="utf-8")
+        _logger.warning("%s: %d lines were left out; they are listed there", path, len(skipped_lines))
+    inputs = [*config.input, config.tokenizer]
+    for key, prefix in _name_outputs(config).items():
+        counts = {**asdict(records[key]), "skipped_lines": len(skipped_lines), "backend": backend}
+        write_stage(record_path(prefix), config=config, inputs=inputs, counts=counts)

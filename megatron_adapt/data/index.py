@@ -29,6 +29,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 _CODES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+_BLOCK_DOCUMENTS = 1 << 20
 _REMEDY = "tokenise the corpus again with tools/preprocess_data.py"
 
 
@@ -87,20 +88,26 @@ def write_tokens(prefix: Path, vocab_size: int) -> Iterator[TokensWriter]:
         with data.open("wb") as file:
             writer = TokensWriter(file, dtype)
             yield writer
-        _write_index(idx, writer.all_lengths(), dtype)
+        write_index(idx, writer.all_lengths(), dtype)
         idx_path(prefix).unlink(missing_ok=True)
 
 
-def _write_index(path: Path, lengths_D: NDArray[np.int32], dtype: np.dtype[Any]) -> None:
+def write_index(path: Path, lengths_D: NDArray[np.int32], dtype: np.dtype[Any]) -> None:
+    """Write the index of documents of one sequence each; ``lengths_D`` may be a mapped file of any size."""
     code = next(code for code, known in _CODES.items() if known == dtype)
-    pointers_D = np.zeros(len(lengths_D), np.int64)
-    np.cumsum(lengths_D[:-1], dtype=np.int64, out=pointers_D[1:])
-    pointers_D *= dtype.itemsize
+    num_documents = len(lengths_D)
+    blocks = [lengths_D[at : at + _BLOCK_DOCUMENTS] for at in range(0, num_documents, _BLOCK_DOCUMENTS)]
     with path.open("wb") as file:
-        file.write(_HEADER.pack(_MAGIC, _VERSION, code, len(lengths_D), len(lengths_D) + 1))
-        file.write(lengths_D.astype("<i4").data)
-        file.write(pointers_D.astype("<i8").data)
-        file.write(np.arange(len(lengths_D) + 1, dtype="<i8").data)
+        file.write(_HEADER.pack(_MAGIC, _VERSION, code, num_documents, num_documents + 1))
+        for block in blocks:
+            file.write(block.astype("<i4").data)
+        start = 0
+        for block in blocks:
+            ends = start + np.cumsum(block, dtype=np.int64)
+            file.write(((ends - block) * dtype.itemsize).astype("<i8").data)
+            start = int(ends[-1])
+        for at in range(0, num_documents + 1, _BLOCK_DOCUMENTS):
+            file.write(np.arange(at, min(at + _BLOCK_DOCUMENTS, num_documents + 1), dtype="<i8").data)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,161 @@
+"""Text to ids: by the ``tokenizers`` library, or by ``gigatoken`` where it gives the same.
+
+``tokenizers`` is the reference. ``gigatoken`` is 15 to 60 times as fast and rebuilds the tokenizer from its JSON; that
+it gives the same ids is not taken on trust: ``choose_backend`` compares both on texts that are known to be difficult,
+on every added token and on a sample of the corpus, and every chunk of a run sends one more text to be compared.
+gigatoken knows nothing of the post-processor: what it adds (BOS) is found by ``find_affixes`` and added here.
+
+A third backend is one more function in ``_LOADERS``. Source: https://github.com/marcelroed/gigatoken (0.10).
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from megatron_adapt.errors import ConfigError, DataError
+from megatron_adapt.tokenizer.pieces import LoadedTokenizer
+
+Backend = Literal["tokenizers", "gigatoken"]
+WantedBackend = Literal["auto", "tokenizers", "gigatoken"]
+Affixes = tuple[list[int], list[int]]
+"Ids that a tokenizer puts before and behind every text."
+Encoder = Callable[[Sequence[str]], list[NDArray[Any]]]
+"Texts to their ids, special tokens of the tokenizer included; one array a text."
+
+_ODD_TEXTS = (
+    "", "a", " a", "a ", "  a  b ", "\n", "a\n\n b", "a\r\nb", "\t\ta", " " * 50, "a" * 200, "aA aB",
+    "\u00e9 e\u0301 \ufb01 \u2460", "\ufeffa\u200bb\u00adc", "a\u00a0b\u3000c", "\u2581a \u2581", "<0x41>", "\x00a\x00",
+    "\u65e5\u672c\u8a9e\u306e\u6587\u3002\u30ab\u30bf\u30ab\u30ca", "\u0939\u093f\u0928\u094d\u0926\u0940",
+    "\u0627\u0644\u0639\u064e\u0631\u064e\u0628\u0650\u064a\u0629", "\u0420\u0443\u0441\u0441\u043a\u0438\u0439",
+    "\ud55c\uad6d\uc5b4", "\u0e44\u0e17\u0e22", "\U0001f600\U0001f468\u200d\U0001f469", "\U0001d400\U0010ffff\ue000",
+    "12345 1,234.5 \u0661\u0662", "don't I'LL we've", "http://a.b/c?d=e&f#g", "x=[1];y={'a':2}//!!", "...!?--__",
+)  # fmt: skip
+"Where pre-tokenizers and normalizers are known to disagree."
+
+_logger = logging.getLogger(__name__)
+
+
+class BackendDiffersError(DataError):
+    """gigatoken gave other ids than ``tokenizers`` for a text of the corpus."""
+
+
+def load_encoder(backend: Backend, tokenizer_json: str, dtype: np.dtype[Any], affixes: Affixes) -> Encoder:
+    """Return the function that encodes texts to arrays of ``dtype``.
+
+    Args:
+        backend: the library to use.
+        tokenizer_json: content of a ``tokenizer.json``.
+        dtype: type of an id.
+        affixes: what ``find_affixes`` finds for the tokenizer.
+
+    Raises:
+        Exception: the library refuses the tokenizer, in its own words.
+    """
+    return _LOADERS[backend](tokenizer_json, dtype, affixes)
+
+
+def _load_tokenizers(tokenizer_json: str, dtype: np.dtype[Any], _: Affixes) -> Encoder:
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+
+    def encode(texts: Sequence[str]) -> list[NDArray[Any]]:
+        lists = (encoding.ids for encoding in tokenizer.encode_batch_fast(texts))
+        return [np.fromiter(ids, dtype, len(ids)) for ids in lists]
+
+    return encode
+
+
+def _load_gigatoken(tokenizer_json: str, dtype: np.dtype[Any], affixes: Affixes) -> Encoder:
+    head, tail = (np.array(ids, dtype) for ids in affixes)
+    # One call a text: ``encode_batch`` returns an awkward array, whose import takes longer than a million calls.
+    encode_one = import_module("gigatoken").Tokenizer.from_json(tokenizer_json).encode
+
+    def encode(texts: Sequence[str]) -> list[NDArray[Any]]:
+        arrays = (encode_one(text).astype(dtype) for text in texts)
+        if len(head) or len(tail):
+            return [np.concatenate([head, ids, tail]) for ids in arrays]
+        return list(arrays)
+
+    return encode
+
+
+_LOADERS: dict[Backend, Callable[[str, np.dtype[Any], Affixes], Encoder]] = {
+    "tokenizers": _load_tokenizers,
+    "gigatoken": _load_gigatoken,
+}
+
+
+def find_affixes(tokenizer: Tokenizer) -> Affixes:
+    """Return the ids that the post-processor puts before and behind a text.
+
+    Raises:
+        ValueError: it does something else.
+    """
+    whole, inner = (tokenizer.encode("a", add_special_tokens=adds).ids for adds in (True, False))
+    for at in range(len(whole) - len(inner) + 1):
+        if whole[at : at + len(inner)] == inner:
+            return whole[:at], whole[at + len(inner) :]
+    raise ValueError("its post-processor does more than add tokens before and behind a text")
+
+
+def choose_backend(wanted: WantedBackend, tokenizer: LoadedTokenizer, sample: Iterable[str]) -> Backend:
+    """Return the backend to use; ``auto`` takes gigatoken if it is installed and gives the same ids.
+
+    Args:
+        wanted: the setting.
+        tokenizer: what has to be reproduced.
+        sample: texts of the corpus.
+
+    Raises:
+        ConfigError: gigatoken is wanted and not installed.
+        DataError: gigatoken is wanted and gives other ids.
+    """
+    if wanted == "tokenizers":
+        return "tokenizers"
+    if find_spec("gigatoken") is None:
+        if wanted == "gigatoken":
+            raise ConfigError("--backend: gigatoken is not installed; install it or use --backend tokenizers")
+        _logger.info("gigatoken is not installed; with it (pip install gigatoken) this goes 15 to 60 times as fast")
+        return "tokenizers"
+    problem = _find_problem(tokenizer, sample)
+    if problem is None:
+        return "gigatoken"
+    if wanted == "gigatoken":
+        raise DataError(f"{tokenizer.folder}: {problem}; use --backend tokenizers")
+    _logger.warning("%s: %s; going on with tokenizers, which is slower", tokenizer.folder, problem)
+    return "tokenizers"
+
+
+def _find_problem(tokenizer: LoadedTokenizer, sample: Iterable[str]) -> str | None:
+    added = (token.content for token in tokenizer.tokenizer.get_added_tokens_decoder().values())
+    texts = [*_ODD_TEXTS, *(f"a {content}b{content} " for content in added), *sample]
+    try:
+        affixes = find_affixes(tokenizer.tokenizer)
+        encode = load_encoder("gigatoken", tokenizer.tokenizer.to_str(), np.dtype(np.int64), affixes)
+        found = encode(texts)
+    except Exception as error:  # the library raises ValueError for most, not for all
+        return f"gigatoken cannot be used with this tokenizer ({error})"
+    return compare_ids(tokenizer.tokenizer, texts, found)
+
+
+def compare_ids(tokenizer: Tokenizer, texts: Sequence[str], found: Sequence[NDArray[Any]]) -> str | None:
+    """Say which text has other ids than ``tokenizers`` gives it, and where; None if none has."""
+    for text, encoding, ids in zip(texts, tokenizer.encode_batch_fast(texts), found, strict=True):
+        if encoding.ids == (other := ids.tolist()):
+            continue
+        pairs = zip(encoding.ids, other, strict=False)
+        at = next((at for at, (left, right) in enumerate(pairs) if left != right), min(len(encoding.ids), len(other)))
+        return (
+            f"gigatoken gives other ids than tokenizers for {_shorten(text)}: {other[at : at + 4]} instead of "
+            f"{encoding.ids[at : at + 4]} at token {at}"
+        )
+    return None
+
+
+def _shorten(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")

@@ -1,0 +1,247 @@
+"""A process that turns chunks of the input into parts of the output.
+
+Started by ``crew.py``, which names the file descriptor of a connection. The worker receives a ``Job``, then ``Task``
+after ``Task``, and answers each; when the connection ends, because the parent was killed, say, so does the worker.
+
+1. ``encode_chunk`` reads the chunk, hashes it and parses its lines.
+2. ``_ChunkEncoder`` encodes batches of a quarter of a megabyte, line by line where the tokenizer fails on one.
+3. ``PartWriter`` writes the ids, a file for every key.
+
+Costs: besides the tokenizer, memory is the chunk and one batch.
+"""
+
+import hashlib
+import io
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_adapt.corpus.chunks import Chunk
+from megatron_adapt.corpus.documents import get_text, parse_line
+from megatron_adapt.data.backend import Affixes, Backend, Encoder, load_encoder
+from megatron_adapt.data.manifest import ChunkRow
+from megatron_adapt.data.shards import PartWriter, part_path
+from megatron_adapt.errors import DataError
+
+_BATCH_BYTES = 1 << 18
+_SAMPLE_CHARACTERS = 2000
+_NO_SAMPLE = 2.0
+_Line = tuple[int, tuple[str, ...]]
+"Number in the chunk, and the text under every key."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is the same for all chunks."""
+
+    folder: Path
+    "Where parts are written."
+    backend: Backend
+    tokenizer_json: str
+    affixes: Affixes
+    dtype: str
+    eod_id: int | None
+    "Appended to every document."
+    json_keys: tuple[str, ...]
+    skip_errors: bool
+
+
+@dataclass(frozen=True)
+class Task:
+    """A chunk to encode, or to compare with what it was."""
+
+    chunk: Chunk
+    known_hash: str | None = None
+    "Of a chunk that is done: nothing is written."
+    is_careful: bool = False
+    "Encode line by line and report each line before (``At``), to find the one that ends the process."
+
+
+@dataclass(frozen=True)
+class Done:
+    """The parts are written."""
+
+    row: ChunkRow
+    sample: tuple[str, NDArray[Any]] | None
+    "A text of the chunk and its ids, to be compared with those of ``tokenizers``."
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The answer to a task with a known hash."""
+
+    is_same: bool
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that is no document."""
+
+    line: int
+    "From 0, in the chunk."
+    reason: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The chunk cannot be read."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class NotWritten:
+    """A part cannot be written."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class At:
+    """The line that is encoded next."""
+
+    line: int
+
+
+Answer = Done | Compared | BadLine | Refused | NotWritten
+Report = Callable[[At], None]
+
+
+class _LineError(Exception):
+    def __init__(self, line: int, reason: str) -> None:
+        super().__init__(reason)
+        self.line, self.reason = line, reason
+
+
+def encode_chunk(job: Job, encode: Encoder, task: Task, report: Report) -> Answer:
+    """Encode one chunk, or compare it with its known hash."""
+    try:
+        data = task.chunk.read()
+        input_hash = hashlib.blake2b(data, digest_size=16).hexdigest()
+        if task.known_hash is not None:
+            return Compared(input_hash == task.known_hash)
+        with ExitStack() as stack:
+            dtype = np.dtype(job.dtype)
+            ending = [] if job.eod_id is None else [job.eod_id]
+            parts = [
+                stack.enter_context(PartWriter(part_path(job.folder, task.chunk.number, at), dtype, ending))
+                for at in range(len(job.json_keys))
+            ]
+            encoder = _ChunkEncoder(job, encode, task, report, parts)
+            num_lines = encoder.encode(data)
+            row = ChunkRow(
+                number=task.chunk.number,
+                input_hash=input_hash,
+                lines=num_lines,
+                parts=tuple(part.finish() for part in parts),
+                skipped_lines=tuple(sorted(encoder.skipped)),
+            )
+        return Done(row, encoder.sample)
+    except _LineError as error:
+        return BadLine(error.line, error.reason)
+    except DataError as error:
+        return Refused(str(error))
+    except OSError as error:
+        return NotWritten(error.strerror or str(error))
+
+
+class _ChunkEncoder:
+    def __init__(self, job: Job, encode: Encoder, task: Task, report: Report, parts: list[PartWriter]) -> None:
+        self._job, self._encode, self._task, self._report, self._parts = job, encode, task, report, parts
+        self.skipped: list[tuple[int, str]] = []
+        self.sample: tuple[str, NDArray[Any]] | None = None
+        # A place in the chunk that differs from chunk to chunk.
+        self._sample_share = task.chunk.number * 0.6180339887 % 1 if job.backend != "tokenizers" else _NO_SAMPLE
+
+    def encode(self, data: bytes) -> int:
+        """Encode all lines; return their number."""
+        limit = 0 if self._task.is_careful else _BATCH_BYTES
+        batch, batch_bytes, position, line = list[_Line](), 0, 0, -1
+        for line, content in enumerate(io.BytesIO(data)):
+            position += len(content)
+            if content.isspace():
+                continue
+            try:
+                batch.append((line, self._parse(content)))
+            except DataError as error:
+                self._fail(line, str(error).removeprefix(": "))
+                continue
+            batch_bytes += len(content)
+            if batch_bytes >= limit:
+                self._encode_batch(batch, position / len(data))
+                batch, batch_bytes = [], 0
+        self._encode_batch(batch, 1.0)
+        return line + 1
+
+    def _parse(self, content: bytes) -> tuple[str, ...]:
+        document = parse_line(content, "")
+        return tuple(get_text(document, key, "") for key in self._job.json_keys)
+
+    def _fail(self, line: int, reason: str) -> None:
+        if not self._job.skip_errors:
+            raise _LineError(line, reason)
+        self.skipped.append((line, reason))
+
+    def _encode_batch(self, batch: list[_Line], share_done: float) -> None:
+        if not batch:
+            return
+        if self._task.is_careful:
+            self._report(At(batch[0][0]))
+        # Per key, the texts that are not empty.
+        texts = [
+            [text for _, texts in batch if (text := texts[at]) and not text.isspace()] for at in range(len(self._parts))
+        ]
+        try:
+            encoded = [self._encode(column) for column in texts]
+            if self._sample_share <= share_done:
+                self._take_sample(texts)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the libraries raise bare Exception, and panics that are not even that
+            if len(batch) > 1:
+                for line in batch:
+                    self._encode_batch([line], share_done)
+                return
+            self._fail(batch[0][0], f"the tokenizer failed on the text ({error}); correct the text or the tokenizer")
+            return
+        for part, column, documents in zip(self._parts, texts, encoded, strict=True):
+            part.skip_documents(len(batch) - len(column))
+            # After encoding, which leaves the UTF-8 of a text in the object.
+            part.add_documents(documents, sum(len(text) if text.isascii() else len(text.encode()) for text in column))
+
+    def _take_sample(self, texts: list[list[str]]) -> None:
+        column = max(texts, key=len)
+        if not column:
+            return
+        text = column[int(self._sample_share * len(column))]
+        start = int(self._sample_share * max(len(text) - _SAMPLE_CHARACTERS, 0))
+        text = text[start : start + _SAMPLE_CHARACTERS]
+        (ids,) = self._encode([text])
+        self.sample = text, ids
+        self._sample_share = _NO_SAMPLE
+
+
+def work(connection: Connection) -> None:
+    """Answer tasks until the connection ends."""
+    try:
+        job: Job = connection.recv()
+        encode = load_encoder(job.backend, job.tokenizer_json, np.dtype(job.dtype), job.affixes)
+        while True:
+            task: Task = connection.recv()
+            connection.send(encode_chunk(job, encode, task, connection.send))
+    except (EOFError, ConnectionError):
+        return
+
+
+def main() -> None:
+    """Run a worker; its connection is the file descriptor named on the command line."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the work
+    work(Connection(int(sys.argv[1])))
