@@ -119,7 +119,7 @@ def read_id_map(tokenizer: LoadedTokenizer) -> IdMap:
                 int(new): [int(old) for old in content["pieces"][new]] for new in sorted(content["pieces"], key=int)
             },
         )
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError):
         raise DataError(f"{path}: not of the form that tools/build_tokenizer.py writes; make it again") from None
     if id_map.vocab_size != tokenizer.vocab_size:
         raise DataError(

@@ -14,10 +14,9 @@ The replacement studied for Jais (Gosal et al. 2024, arXiv:2407.12869) and the s
 A Unigram piece whose text is worth more in several pieces is chosen in no context; it is dropped as unreachable.
 Unigram scores are rounded to sixteenths. SentencePiece adds them in single precision, ``tokenizers`` in double, and
 that alone makes them choose differently in long text; sums of sixteenths are exact in both up to about 400 kB of text.
-Costs: 20 MB and 32,000 pieces take one to three minutes and 2 GB.
+Costs: 20 MB and 32,000 pieces take 20 s by BPE, 45 s by Unigram, and 0.6 GB (2 cores).
 """
 
-import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +49,6 @@ _STEPS = 16  # of a Unigram score
 _WORD = regex.compile(rf"{SPACE}*[^{SPACE}\p{{Cc}}\p{{Zl}}\p{{Zp}}]{{1,{_MAX_CHARACTERS}}}|{SPACE}+")
 _ANYTHING = PieceFilter(regex.compile(r".", regex.DOTALL), regex.compile(r".*", regex.DOTALL))
 _TWO_DIGITS = regex.compile(r"\p{N}{2}")
-_logger = logging.getLogger(__name__)
 
 
 def make_replaced(base: LoadedTokenizer, config: BuildTokenizer, folder: Path) -> Made:

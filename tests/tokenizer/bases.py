@@ -5,9 +5,10 @@ import random
 from pathlib import Path
 
 import orjson
+from tokenizers import AddedToken, Tokenizer
 
 from megatron_adapt.tokenizer.learn import learn_base_tokenizer
-from megatron_adapt.tokenizer.pieces import LoadedTokenizer, read_tokenizer
+from megatron_adapt.tokenizer.pieces import LoadedTokenizer, copy_tokenizer, read_tokenizer
 
 SYLLABLES = {
     "en": "the in ker lo ma pro tion re sta ble con ver si on an der ing ful".split(),
@@ -15,6 +16,8 @@ SYLLABLES = {
     "ja": "の は 日本 語 で す 学 東京 ます カタ カナ を た 見 食べ 々".split(),
     "ar": "ال كت اب مد رس ة في من عل ى قا ل و هم ذه".split(),
 }
+CHAT, TOOL = "<|chat|>", "[tool]"
+TEMPLATE = "{{ bos_token }}{% for message in messages %}<|chat|>{{ message.content }}{% endfor %}"
 ODD_TEXTS = [
     "",
     " ",
@@ -53,6 +56,17 @@ def write_corpus(path: Path, texts: list[str]) -> Path:
 
 def learn_base(folder: Path, kind: str, vocab_size: int = 420) -> LoadedTokenizer:
     learn_base_tokenizer(make_texts("en", 400), vocab_size, kind, folder)
+    return read_tokenizer(folder)
+
+
+def write_chat_base(base: LoadedTokenizer, folder: Path) -> LoadedTokenizer:
+    """Copy a base, with a special and a plain token behind its pieces and a chat template that names the first."""
+    copy_tokenizer(base.folder, folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(CHAT, normalized=False, special=True)])
+    tokenizer.add_tokens([AddedToken(TOOL, normalized=False, lstrip=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     return read_tokenizer(folder)
 
 

@@ -1,6 +1,7 @@
 """What a build writes, and what it refuses, whatever the method."""
 
 import json
+import typing
 
 import pytest
 
@@ -41,6 +42,10 @@ def built(bases, corpora, tmp_path_factory):
             size = "450" if method == "replace" else "60"
             build_tokenizer(make_config(base, corpora, root / f"{kind}-{method}", donor, method=method, size=size))
     return {(kind, method): root / f"{kind}-{method}" for kind in bases for method in METHODS}
+
+
+def test_every_method_of_the_config_has_a_function():
+    assert set(METHODS) == set(typing.get_args(typing.get_type_hints(TokenizerSettings)["method"]))
 
 
 def test_the_report_adds_up(bases, built):
