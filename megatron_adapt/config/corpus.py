@@ -6,13 +6,18 @@ from typing import Literal
 
 from megatron_adapt.config.require import require
 
+PlainText = Literal["none", "file", "paragraphs"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSettings:
     """Raw documents to a training and a validation part (table ``[prepare]``)."""
 
     text_key: str = "text"
-    "Key of the text in a JSON document."
+    "Key of the text in a JSON document, or name of the column; of plain text it is text."
+    plain_text: PlainText = "none"
+    """What a document is in files of plain text: the whole file, or paragraphs, which blank lines separate. none: there
+    are no such files."""
     id_key: str = "id"
     "Key of the document's name; it decides training or validation. Without it the text itself does."
     valid_share: float = 0.02
@@ -51,7 +56,8 @@ class PrepareCorpus:
     """Split raw text into training and validation documents, without exact duplicates."""
 
     input: tuple[Path, ...]
-    "Files to read, in this order: .jsonl, .jsonl.gz or .jsonl.zst (recognised by content)."
+    """Files, folders or patterns ('raw/*.jsonl.gz'), in this order: JSON lines or parquet, or plain text with
+    --plain-text; also compressed by gzip, zstd or xz. Recognised by content; in a folder also by name."""
     output: Path
     "Folder to write train-00000.jsonl.zst and valid-00000.jsonl.zst into."
     scripts: tuple[str, ...] = ()
@@ -98,7 +104,7 @@ class PrepareParallel:
     """Turn pairs of translated sentences into training and validation documents."""
 
     input: tuple[Path, ...]
-    "Files to read, in this order: one JSON object a line with a text per language."
+    "Files, folders or patterns, in this order: one JSON object a line, or a row of parquet, with a text per language."
     output: Path
     "Folder to write train-00000.jsonl.zst and valid-00000.jsonl.zst into."
     overwrite: bool = False

@@ -20,9 +20,10 @@ from contextlib import ExitStack
 
 from megatron_adapt.config import ParallelSettings, PrepareParallel
 from megatron_adapt.corpus.documents import DocumentWriter, get_text, read_documents
+from megatron_adapt.corpus.inputs import find_files
 from megatron_adapt.corpus.prepare import TRAIN_FILE, VALID_FILE, is_validation, name_document
 from megatron_adapt.errors import DataError
-from megatron_adapt.files import STAGE_FILE, replace_folder, require_file, write_stage
+from megatron_adapt.files import STAGE_FILE, replace_folder, write_stage
 from megatron_adapt.logs import show_progress
 
 _logger = logging.getLogger(__name__)
@@ -36,8 +37,7 @@ def prepare_parallel(config: PrepareParallel) -> None:
         DataError: an input is missing or damaged, a line is no pair, or a part would be empty.
     """
     settings = config.settings
-    for path in config.input:
-        require_file(path, "--input")
+    paths = find_files(config.input, "--input")
     counts: Counter[str] = Counter()
     seen: set[bytes] = set()
     with replace_folder(config.output, overwrite=config.overwrite) as folder:
@@ -47,7 +47,7 @@ def prepare_parallel(config: PrepareParallel) -> None:
                 "valid": stack.enter_context(DocumentWriter(folder / VALID_FILE)),
             }
             advance = stack.enter_context(show_progress("preparing pairs", None, "pairs"))
-            for where, pair in read_documents(config.input):
+            for where, pair in read_documents(paths):
                 first, second = (get_text(pair, language, where) for language in settings.languages)
                 data = f"{first}\0{second}".encode()
                 name = name_document(pair, settings.id_key, data, where)
@@ -63,7 +63,7 @@ def prepare_parallel(config: PrepareParallel) -> None:
                     f"{', '.join(map(str, config.input))}: none of {counts.total()} pairs is in the {part} part "
                     f"({dict(counts)}); add pairs or change parallel.valid_share ({settings.valid_share})"
                 )
-        write_stage(folder / STAGE_FILE, config=config, inputs=config.input, counts={"pairs": dict(counts)})
+        write_stage(folder / STAGE_FILE, config=config, inputs=paths, counts={"pairs": dict(counts)})
     _logger.info("%s: pairs %s", config.output, ", ".join(f"{count:,} {name}" for name, count in counts.items()))
 
 

@@ -1,7 +1,8 @@
 """Split raw documents of one language into a training and a validation part.
 
-Reads: JSON lines, plain or compressed. Writes: ``train-00000.jsonl.zst`` and ``valid-00000.jsonl.zst`` with one
-``{"id", "text"}`` a line (and ``"sentences"`` when asked), and ``stage.json`` with the counts by reason.
+Reads: JSON lines, parquet or plain text, also compressed. Writes: ``train-00000.jsonl.zst`` and
+``valid-00000.jsonl.zst`` with one ``{"id", "text"}`` a line (and ``"sentences"`` when asked), and ``stage.json`` with
+the counts by reason.
 
 Guarantees: a text occurs once in the whole output (with ``near_duplicates``, nearly the same text too); whether a
 document is training or validation depends on its id alone, so appending files moves none, and translations under one
@@ -30,6 +31,7 @@ from megatron_adapt.config import PrepareCorpus
 from megatron_adapt.corpus.clean import RULES, Limits, find_reason, normalise
 from megatron_adapt.corpus.documents import DocumentWriter, get_text, limit_texts, read_documents, read_texts
 from megatron_adapt.corpus.duplicates import NearDuplicates
+from megatron_adapt.corpus.inputs import find_files
 from megatron_adapt.corpus.sentences import (
     SentenceSplitter,
     learn_splitter,
@@ -37,7 +39,7 @@ from megatron_adapt.corpus.sentences import (
     write_splitter,
 )
 from megatron_adapt.errors import ConfigError, DataError
-from megatron_adapt.files import STAGE_FILE, replace_folder, require_file, write_stage
+from megatron_adapt.files import STAGE_FILE, replace_folder, write_stage
 from megatron_adapt.logs import show_progress
 from megatron_adapt.scripts import make_script_class
 
@@ -72,15 +74,15 @@ def prepare_corpus(config: PrepareCorpus) -> None:
         ConfigError: the output exists and ``overwrite`` is off, or a setting lacks the language's scripts.
         DataError: an input is missing or damaged, a line is no document, or a part would be empty.
     """
-    for path in config.input:
-        require_file(path, "--input")
+    paths = find_files(config.input, "--input", config.settings.plain_text)
     if config.settings.min_script_share and not config.scripts:
         raise ConfigError("prepare.min_script_share: the language's scripts are not named; add --scripts Arabic")
     with replace_folder(config.output, overwrite=config.overwrite) as folder:
-        state = _split(config, folder)
+        state = _split(config, paths, folder)
         _check_parts(state, config)
         counts = {"documents": state.documents, "bytes": state.bytes}
-        write_stage(folder / STAGE_FILE, config=config, inputs=config.input, counts=counts)
+        folders = filter(Path.is_dir, config.input)  # a file that is added later changes them
+        write_stage(folder / STAGE_FILE, config=config, inputs=[*paths, *folders], counts=counts)
     _logger.info(
         "%s: %s training documents (%.1f MB), %s validation documents; dropped: %s",
         config.output,
@@ -100,7 +102,7 @@ def is_validation(name: str, valid_share: float) -> bool:
     return int.from_bytes(digest) < valid_share * 2**64
 
 
-def _split(config: PrepareCorpus, folder: Path) -> _State:
+def _split(config: PrepareCorpus, paths: tuple[Path, ...], folder: Path) -> _State:
     settings = config.settings
     state = _State(
         limits=Limits(settings, _make_script(config.scripts)),
@@ -111,9 +113,9 @@ def _split(config: PrepareCorpus, folder: Path) -> _State:
             "train": stack.enter_context(DocumentWriter(folder / TRAIN_FILE)),
             "valid": stack.enter_context(DocumentWriter(folder / VALID_FILE)),
         }
-        splitter = _make_splitter(config, folder)
+        splitter = _make_splitter(config, paths, folder)
         advance = stack.enter_context(show_progress("preparing the corpus", None, "documents"))
-        for where, document in read_documents(config.input):
+        for where, document in read_documents(paths, settings.plain_text):
             text = normalise(get_text(document, settings.text_key, where), settings)
             data = text.encode()
             name = name_document(document, settings.id_key, data, where)
@@ -127,12 +129,13 @@ def _split(config: PrepareCorpus, folder: Path) -> _State:
     return state
 
 
-def _make_splitter(config: PrepareCorpus, folder: Path) -> SentenceSplitter | None:
+def _make_splitter(config: PrepareCorpus, paths: tuple[Path, ...], folder: Path) -> SentenceSplitter | None:
     name = config.settings.sentences
     if name != LEARNED:
         return read_installed_splitter(name) if name else None
-    texts = limit_texts(read_texts(config.input, config.settings.text_key), _LEARNING_BYTES)
-    splitter = learn_splitter(normalise(text, config.settings) for text in texts)
+    settings = config.settings
+    texts = limit_texts(read_texts(paths, settings.text_key, settings.plain_text), _LEARNING_BYTES)
+    splitter = learn_splitter(normalise(text, settings) for text in texts)
     write_splitter(splitter, folder / SENTENCES_FILE)
     return splitter
 

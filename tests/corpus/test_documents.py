@@ -1,4 +1,5 @@
 import gzip
+import lzma
 import tracemalloc
 
 import orjson
@@ -7,7 +8,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_adapt.corpus.documents import DocumentWriter, limit_texts, open_lines, read_documents, read_texts
+from megatron_adapt.corpus.documents import DocumentWriter, limit_texts, read_documents, read_texts
 from megatron_adapt.errors import DataError
 
 DOCUMENTS = [{"id": "a", "text": "one"}, {"id": "b", "text": "δύο\nline"}, {"id": "c", "text": "三" * 1000}]
@@ -32,6 +33,7 @@ def frame_ends(data):
 COMPRESSIONS = {
     "plain": lambda data: data,
     "gzip": gzip.compress,
+    "xz": lzma.compress,
     "zstd": zstandard.ZstdCompressor().compress,
     "zstd of several frames": lambda data: compress_frames(data, 100),
 }
@@ -66,12 +68,12 @@ def test_written_documents_read_back_in_order(tmp_path_factory, documents):
     assert read(path) == documents
 
 
-@pytest.mark.parametrize("kind", ["gzip", "zstd", "zstd of several frames"])
+@pytest.mark.parametrize("kind", ["gzip", "xz", "zstd", "zstd of several frames"])
 def test_a_truncated_file_is_an_error_wherever_it_ends(tmp_path, kind):
     whole = COMPRESSIONS[kind](DATA)
     path = tmp_path / "cut"
     ends = frame_ends(whole) if kind == "zstd of several frames" else set()
-    for size in [*range(5, len(whole) - 1, 7), len(whole) - 1]:
+    for size in [*range(6, len(whole) - 1, 7), len(whole) - 1]:
         if size in ends:  # where a frame ends, a correct file may end
             continue
         path.write_bytes(whole[:size])
@@ -120,9 +122,9 @@ def test_a_document_without_text_is_named(tmp_path, document, message):
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"gone\.jsonl: no such file; check the path$"):
-        open_lines(tmp_path / "gone.jsonl")
+        read(tmp_path / "gone.jsonl")
     with pytest.raises(DataError, match=r"no such file"):
-        open_lines(tmp_path)
+        read(tmp_path)
 
 
 def test_texts_are_limited_to_whole_ones():
