@@ -6,6 +6,7 @@
 #include "merges.h"
 #include "minhash.h"
 #include "runs.h"
+#include "windows.h"
 
 PYBIND11_MODULE(_csrc, module) {
     module.doc() = "Compiled twins of numpy code in megatron_adapt; arrays in, arrays out.";
@@ -13,4 +14,5 @@ PYBIND11_MODULE(_csrc, module) {
     megatron_adapt::bind_merges(module);
     megatron_adapt::bind_minhash(module);
     megatron_adapt::bind_runs(module);
+    megatron_adapt::bind_windows(module);
 }

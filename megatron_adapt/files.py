@@ -33,7 +33,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        _sync(partial)
+        sync_file(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -46,13 +46,7 @@ def replace_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         ConfigError: ``path`` is there and not empty, and ``overwrite`` is off or no stage wrote it.
     """
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{path}: is a file; name another output")
-    if path.exists() and any(path.iterdir()):
-        if not overwrite:
-            raise ConfigError(f"{path}: exists already; name another output or add --overwrite")
-        if not (path / STAGE_FILE).is_file():
-            raise ConfigError(f"{path}: holds no {STAGE_FILE}, so no stage wrote it; name another output or remove it")
+    check_output(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -61,7 +55,7 @@ def replace_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
-                _sync(file)
+                sync_file(file)
         if path.exists():
             shutil.rmtree(path)
         partial.replace(path)
@@ -69,7 +63,23 @@ def replace_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that must not be replaced.
+
+    Raises:
+        ConfigError: ``path`` is there and not empty, and ``overwrite`` is off or no stage wrote it.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path}: is a file; name another output")
+    if path.exists() and any(path.iterdir()):
+        if not overwrite:
+            raise ConfigError(f"{path}: exists already; name another output or add --overwrite")
+        if not (path / STAGE_FILE).is_file():
+            raise ConfigError(f"{path}: holds no {STAGE_FILE}, so no stage wrote it; name another output or remove it")
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file is on disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -114,11 +124,11 @@ def to_plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def fingerprint(path: Path) -> str:
-    """Return a hash of a file's size and up to 64 evenly spaced MiB of it, or of a folder's files.
+def fingerprint(path: Path, sample_bytes: int = _SAMPLE_BYTES) -> str:
+    """Return a hash of a file's size and up to 64 evenly spaced samples of it, or of a folder's files.
 
-    Bounded work for files of any size; an edit that keeps the size and misses every sample is not seen.
-    A folder that holds a ``stage.json`` is known by that record alone.
+    Bounded work for files of any size; an edit that keeps the size and misses every sample is not seen. Files up to a
+    MiB are hashed whole. A folder that holds a ``stage.json`` is known by that record alone.
     """
     digest = hashlib.blake2b(digest_size=16)
     if path.is_dir():
@@ -129,11 +139,12 @@ def fingerprint(path: Path) -> str:
         return digest.hexdigest()
     size = path.stat().st_size
     digest.update(str(size).encode())
-    stride = max(_SAMPLE_BYTES, size // _NUM_SAMPLES)
+    sample_bytes = _SAMPLE_BYTES if size <= _SAMPLE_BYTES else sample_bytes
+    stride = max(sample_bytes, size // _NUM_SAMPLES)
     with path.open("rb") as file:
         for start in range(0, size, stride):
             file.seek(start)
-            digest.update(file.read(_SAMPLE_BYTES))
+            digest.update(file.read(sample_bytes))
     return digest.hexdigest()
 
 

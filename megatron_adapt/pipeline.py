@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,15 @@ from megatron_adapt.config import (
     Evaluate,
     MeasureTokenizer,
     PrepareCorpus,
+    PrepareParallel,
     PreprocessData,
     ResizeVocab,
     StageSettings,
 )
 from megatron_adapt.config.names import get_language
 from megatron_adapt.data.index import bin_path, idx_path
-from megatron_adapt.data.plan import check_trained
 from megatron_adapt.data.record import record_path
+from megatron_adapt.data.stage_plans import check_trained
 from megatron_adapt.errors import ConfigError
 from megatron_adapt.evaluate.report import show_table, write_report
 from megatron_adapt.files import STAGE_FILE, is_finished, read_json, require_file, write_json
@@ -157,10 +158,14 @@ def _get_base(recipe: Recipe) -> tuple[BaseSettings, StageSettings]:
 
 
 def plan_corpus(recipe: Recipe, run: RunFolder) -> Iterator[Command]:
-    """Yield one call of prepare_corpus per source."""
+    """Yield one call of prepare_corpus per source, or of prepare_parallel."""
     for source in recipe.list_sources(*recipe.old_languages, *recipe.new_languages):
         output = run.corpus(source)
         files = tuple(Path(file) for file in recipe.corpus[source])
+        if source in recipe.parallel:
+            pairs = PrepareParallel(input=files, output=output, overwrite=True, settings=recipe.parallel[source])
+            yield Command("prepare_parallel", pairs, output / STAGE_FILE)
+            continue
         config = PrepareCorpus(input=files, output=output, overwrite=True, settings=recipe.prepare)
         yield Command("prepare_corpus", config, output / STAGE_FILE)
 
@@ -171,7 +176,7 @@ def plan_base(recipe: Recipe, run: RunFolder) -> Iterator[Command]:
         return
     base, (settings, stage) = run.base, _get_base(recipe)
     sources = recipe.list_sources(*recipe.old_languages)
-    corpus = tuple(run.corpus_part(source, "train") for source in sources)
+    corpus = tuple(run.corpus_part(source, "train") for source in recipe.list_texts(*recipe.old_languages))
     config = CreateBase(corpus=corpus, output=base.scratch, overwrite=True, settings=settings)
     yield Command("create_base", config, base.scratch / STAGE_FILE)
     yield _convert(recipe, base.scratch, "megatron", base.megatron)
@@ -184,7 +189,7 @@ def plan_base(recipe: Recipe, run: RunFolder) -> Iterator[Command]:
 def plan_adaptation(recipe: Recipe, run: RunFolder, base_model: Path) -> Iterator[Command]:
     """Yield the calls from the base model to the exports of every training stage."""
     new, old = (
-        tuple(run.corpus_part(source, "train") for source in recipe.list_sources(*languages))
+        tuple(run.corpus_part(source, "train") for source in recipe.list_texts(*languages))
         for languages in (recipe.new_languages, recipe.old_languages)
     )
     build = BuildTokenizer(
@@ -210,7 +215,7 @@ def plan_adaptation(recipe: Recipe, run: RunFolder, base_model: Path) -> Iterato
 
 def plan_results(recipe: Recipe, run: RunFolder, base_model: Path) -> Iterator[Command]:
     """Yield the calls that score the models and the tokenizers, per language, on the documents its sources held out."""
-    sources = recipe.list_sources(*recipe.old_languages, *recipe.new_languages)
+    sources = recipe.list_texts(*recipe.old_languages, *recipe.new_languages)
     corpora = tuple(f"{get_language(source)}={run.corpus_part(source, 'valid')}" for source in sources)
     stages = (f"{stage.name}={run.export(stage.name)}" for stage in recipe.train.stages)
     models = (f"base={base_model}", f"resized={run.resized}", *stages)
@@ -231,6 +236,9 @@ def _convert(recipe: Recipe, source: Path, to: Any, output: Path) -> Command:
 
 
 def _tokenise(recipe: Recipe, run: RunFolder, target: RunFolder, source: str, tokenizer: Path) -> Iterator[Command]:
+    pairs = recipe.parallel.get(source)
+    has_prompts = pairs is not None and pairs.format == "instruction"
+    settings = replace(recipe.data, prompt_key="prompt") if has_prompts else recipe.data
     for part in ("train", "valid"):
         prefix = target.tokens(source, part)
         config = PreprocessData(
@@ -238,7 +246,7 @@ def _tokenise(recipe: Recipe, run: RunFolder, target: RunFolder, source: str, to
             tokenizer=tokenizer,
             output_prefix=prefix,
             overwrite=True,
-            settings=recipe.data,
+            settings=settings,
         )
         yield Command("preprocess_data", config, record_path(prefix), outputs=(bin_path(prefix), idx_path(prefix)))
 

@@ -19,6 +19,7 @@ from megatron_adapt.config import (
     CorpusSettings,
     DataSettings,
     EvaluateSettings,
+    ParallelSettings,
     StageSettings,
     TokenizerSettings,
     TrainSettings,
@@ -44,6 +45,8 @@ class Recipe:
     base_model: Path | None = None
     "Hugging Face folder of the base model. Without it, [base] and [base_train] make one from scratch."
     prepare: CorpusSettings = field(default_factory=CorpusSettings)
+    parallel: dict[str, ParallelSettings] = field(default_factory=dict)
+    "Sources whose files hold pairs of translated texts, such as ja/parallel, and what becomes of the pairs."
     base: BaseSettings | None = None
     base_train: StageSettings | None = None
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
@@ -68,6 +71,10 @@ class Recipe:
         """Return the sources of languages: ``ja``, or ``ja/wiki`` and ``ja/web``."""
         return tuple(source for language in languages for source in self.corpus if get_language(source) == language)
 
+    def list_texts(self, *languages: str) -> tuple[str, ...]:
+        """Return the sources of languages that hold their text alone: no pairs of translations."""
+        return tuple(source for source in self.list_sources(*languages) if source not in self.parallel)
+
     def list_stage_sources(self, stage: StageSettings) -> tuple[str, ...]:
         """Return the sources that a stage reads: all of its languages', or those it gives a weight."""
         sources: list[str] = []
@@ -90,9 +97,15 @@ class Recipe:
                     f"corpus.{source}: {language!r} is not among old_languages and new_languages; add it or correct "
                     "the name"
                 )
+            if source in self.parallel and source == language:
+                raise ConfigError(
+                    f"parallel.{source}: is all of {language}; name it {language}/parallel, beside its text"
+                )
             if source != language and language in self.corpus:
                 raise ConfigError(f"corpus.{language}: there is {source} too; name both {language}/SOURCE")
-        for language in sorted(languages - set(map(get_language, self.corpus))):
+        for source in sorted(set(self.parallel) - set(self.corpus)):
+            raise ConfigError(f"parallel.{source}: no files; add corpus.{source} to the recipe")
+        for language in sorted(languages - set(map(get_language, set(self.corpus) - set(self.parallel)))):
             raise ConfigError(f"corpus: no files for {language!r}; add corpus.{language} to the recipe")
 
     def _check_stage(self, stage: StageSettings) -> None:

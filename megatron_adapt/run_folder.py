@@ -14,6 +14,9 @@ from megatron_adapt.errors import CheckpointError, ConfigError
 from megatron_adapt.files import STAGE_FILE, is_finished, to_plain
 from megatron_adapt.recipe import Recipe
 
+PLAN_FILE = "plan.json"
+"Plan of the blend, beside the checkpoints of a stage and in each of them."
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -64,7 +67,7 @@ class RunFolder:
 
     def plan(self, stage: str) -> Path:
         """Plan of the blend that a stage is trained on."""
-        return self.checkpoints(stage) / "plan.json"
+        return self.checkpoints(stage) / PLAN_FILE
 
     @property
     def plans(self) -> Path:
@@ -90,7 +93,7 @@ class StagePlace:
 # Settings of the launch, not of the result; the layout changes a loss in its last digits only.
 _WITHOUT_EFFECT = (
     "stages nproc_per_node tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel micro_batch_size "
-    "use_distributed_optimizer log_interval save_interval eval_interval eval_windows stop_after_steps"
+    "use_distributed_optimizer log_interval save_interval eval_interval eval_windows stop_after_steps continue_blend"
 ).split()
 
 

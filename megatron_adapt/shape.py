@@ -10,7 +10,13 @@ from typing import Any
 
 from megatron_adapt.errors import ConfigError
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral")
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2")
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "use_sliding_window": False},
+}
+"What transformers takes where a config is silent; a null counts as said."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +45,16 @@ class LlamaShape:
     rotary_base: float
     rope_scaling: RopeScaling | None
     tied: bool
+    qkv_bias: bool = False
+    "Whether queries, keys and values have a bias (Qwen2)."
 
     @property
     def num_parameters(self) -> int:
         """Number of parameters with the true (unpadded) vocabulary."""
         qkv = (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels * self.hidden_size
         out = self.num_attention_heads * self.kv_channels * self.hidden_size
+        if self.qkv_bias:
+            qkv += (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
         layer = qkv + out + 3 * self.ffn_hidden_size * self.hidden_size + 2 * self.hidden_size
         matrices = 1 if self.tied else 2
         return self.num_layers * layer + self.hidden_size + matrices * self.vocab_size * self.hidden_size
@@ -75,6 +85,7 @@ def read_shape(config: Mapping[str, Any], where: str) -> LlamaShape:
     Raises:
         ConfigError: a field is missing, or the model uses something the engine does not reproduce.
     """
+    config = {**_DEFAULTS.get(str(config.get("model_type")), {}), **config}
     _refuse_unsupported(config, where)
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     missing = [name for name in names if name not in config]
@@ -93,11 +104,12 @@ def read_shape(config: Mapping[str, Any], where: str) -> LlamaShape:
         num_query_groups=groups,
         kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
         vocab_size=config["vocab_size"],
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
+        max_position_embeddings=config["max_position_embeddings"],
         layernorm_epsilon=config.get("rms_norm_eps", 1e-6),
         rotary_base=rotary_base,
         rope_scaling=scaling,
         tied=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=config["model_type"] == "qwen2",
     )
 
 
@@ -110,7 +122,8 @@ def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
     refused = {
         "attention_bias": config.get("attention_bias", False),
         "mlp_bias": config.get("mlp_bias", False),
-        "sliding_window": config.get("sliding_window"),
+        "sliding_window": config.get("use_sliding_window", True) and config.get("sliding_window"),
+        "layer_types": sorted({*(config.get("layer_types") or ())} - {"full_attention"}),
         "hidden_act": None if config.get("hidden_act", "silu") == "silu" else config["hidden_act"],
     }
     for name, value in refused.items():

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_adapt.checkpoint.hf import HFFolder
+from megatron_adapt.corpus.parallel import prepare_parallel
+from megatron_adapt.data.encode import preprocess_data
+from megatron_adapt.data.index import read_tokens
+from megatron_adapt.data.prompts import read_prompts
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.flags import load_recipe
 from megatron_adapt.pipeline import Command, plan_adaptation, plan_corpus, plan_results, run_commands
 from megatron_adapt.run_folder import RunFolder
+from megatron_adapt.tokenizer.pieces import read_tokenizer
 from tests.helpers.runs import make_run, train_stage
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +108,80 @@ def test_sources_of_a_language_are_made_apart_and_scored_together(tmp_path):
     held_out = [("en", "en"), ("xx", "xx/a"), ("xx", "xx/b")]
     assert evaluate.config.corpora == measure.config.corpora
     assert evaluate.config.corpora == tuple(f"{name}={run.corpus_part(source, 'valid')}" for name, source in held_out)
+
+
+PAIRS = """
+[parallel."xx/pairs"]
+languages = ["en", "xx"]
+format = "instruction"
+
+[parallel."xx/pairs".instructions]
+en-xx = "Translate into xx."
+xx-en = "Translate into English."
+"""
+
+
+def write_pairs(folder):
+    """A run with a source of pairs beside the text of its language."""
+    path = make_run(folder)
+    raw = folder / "raw"
+    named = f'"xx/text" = ["{raw}/xx.jsonl"]\n"xx/pairs" = ["{raw}/pairs.jsonl"]'
+    path.write_text(path.read_text().replace(f'xx = ["{raw}/xx.jsonl"]', named) + PAIRS)
+    return path
+
+
+def find_prefixes(commands):
+    return {item.config.output_prefix: item.config for item in commands if item.tool == "preprocess_data"}
+
+
+def test_pairs_are_a_source_of_their_own_whose_requests_bear_no_loss(tmp_path):
+    recipe = load(write_pairs(tmp_path))
+    run = RunFolder(recipe.work_dir)
+    assert {item.record.parent.name: item.tool for item in plan_corpus(recipe, run)} == {
+        "en": "prepare_corpus", "text": "prepare_corpus", "pairs": "prepare_parallel",
+    }  # fmt: skip
+    build, *others = plan_adaptation(recipe, run, recipe.base_model)
+    assert build.config.corpus == (run.corpus_part("xx/text", "train"),)
+    keys = {prefix.name: config.settings.prompt_key for prefix, config in find_prefixes(others).items()}
+    assert keys == {
+        "en-train": "", "en-valid": "", "text-train": "", "text-valid": "", "pairs-train": "prompt",
+        "pairs-valid": "prompt",
+    }  # fmt: skip
+    evaluate, _ = plan_results(recipe, run, recipe.base_model)
+    assert not any("xx/pairs" in corpus for corpus in evaluate.config.corpora)
+
+
+def test_pairs_become_tokens_with_prompts(tmp_path):
+    recipe = load(write_pairs(tmp_path))
+    run = RunFolder(recipe.work_dir)
+    pairs = [{"id": str(at), "en": f"word {at}", "xx": f"drow {at}"} for at in range(300)]
+    (tmp_path / "raw" / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    prepare = next(item.config for item in plan_corpus(recipe, run) if item.tool == "prepare_parallel")
+    prepare_parallel(prepare)
+    prefix = run.tokens("xx/pairs", "train")
+    config = find_prefixes(plan_adaptation(recipe, run, recipe.base_model))[prefix]
+    preprocess_data(replace(config, tokenizer=recipe.base_model))
+    file = read_tokens(prefix)
+    count = read_prompts(file)[0]
+    tokenizer = read_tokenizer(recipe.base_model).tokenizer
+    ids = file.tokens_N[: file.starts()[1]].tolist()
+    assert tokenizer.decode(ids[:count]).strip().startswith("Translate into")
+    assert tokenizer.decode(ids[count:]).split()[0] in ("word", "drow")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (r'parallel\."xx/pairs"', 'parallel."xx/gone"', r"parallel\.xx/gone: no files; add corpus\.xx/gone"),
+        ('"xx/text" = .*', "", r"corpus: no files for 'xx'; add corpus\.xx to the recipe"),
+    ],
+)
+def test_pairs_without_files_or_without_text_beside_them_are_refused(old, new, message, tmp_path, capsys):
+    path = write_pairs(tmp_path)
+    path.write_text(re.sub(old, new, path.read_text()))
+    with pytest.raises(SystemExit):
+        load(path)
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_finished_stage_of_another_plan_is_not_taken_for_this_one(tmp_path):

@@ -61,6 +61,20 @@ def test_absent_fields_take_transformers_defaults():
     assert (shape.rotary_base, shape.max_position_embeddings, shape.tied) == (10000.0, 2048, False)
 
 
+def test_a_window_that_is_switched_off_is_none():
+    read_shape(make_config(model_type="mistral", sliding_window=None), "config.json")
+    off = {"use_sliding_window": False, "sliding_window": 4096, "layer_types": ["full_attention"] * 6}
+    shape = read_shape(make_config(model_type="qwen2", **off), "config.json")
+    assert shape.qkv_bias
+    assert shape.num_parameters == read_shape(make_config(), "config.json").num_parameters + 6 * (64 + 2 * 32)
+
+
+def test_a_shape_written_before_there_were_biases_is_read():
+    values = read_shape(make_config(), "config.json").to_dict()
+    del values["qkv_bias"]
+    assert not LlamaShape.from_dict(values).qkv_bias
+
+
 def test_head_dim_overrides_the_quotient():
     assert read_shape(make_config(head_dim=32), "config.json").kv_channels == 32
 
@@ -79,10 +93,19 @@ def test_vocabulary_is_padded_upwards(size, padded):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, r"c\.json: model_type 'gpt2' is not supported; use one of llama, mistral"),
+        ({"model_type": "gpt2"}, r"c\.json: model_type 'gpt2' is not supported; use one of llama, mistral, qwen2"),
         ({"attention_bias": True}, r"c\.json: attention_bias True is not supported; the engine"),
         ({"mlp_bias": True}, r"c\.json: mlp_bias True is not supported"),
         ({"sliding_window": 4096}, r"c\.json: sliding_window 4096 is not supported"),
+        ({"model_type": "mistral"}, r"c\.json: sliding_window 4096 is not supported"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 512},
+            r"c\.json: sliding_window 512 is not supported",
+        ),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
+            r"c\.json: layer_types \['sliding_attention'\] is not supported",
+        ),
         ({"hidden_act": "gelu"}, r"c\.json: hidden_act 'gelu' is not supported"),
         ({"num_key_value_heads": 3}, r"c\.json: num_key_value_heads 3 does not divide num_attention_heads 8"),
         (

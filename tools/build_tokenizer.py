@@ -1,4 +1,4 @@
-"""Extend a base tokenizer by pieces learned from a corpus; old ids never move.
+"""Make the tokenizer of a new language out of a base tokenizer and a corpus.
 
 ``python tools/build_tokenizer.py --base DIR --corpus ar.jsonl.zst --size 32000 --scripts Arabic --output DIR``
 """

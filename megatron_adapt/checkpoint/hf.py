@@ -9,7 +9,9 @@ Format: 8 bytes length, a JSON header ``{name: {dtype, shape, data_offsets}}``, 
 (https://github.com/huggingface/safetensors). Written here because the library's writer takes whole tensors only.
 """
 
+import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +20,15 @@ from typing import Any, NamedTuple
 import orjson
 import torch
 
-from megatron_adapt.checkpoint.values import TensorSpec, bytes_of, list_row_blocks, read_into, read_values, write_values
+from megatron_adapt.checkpoint.values import (
+    TensorSpec,
+    bytes_of,
+    list_row_blocks,
+    read_into,
+    read_values,
+    write_bytes,
+    write_values,
+)
 from megatron_adapt.errors import CheckpointError, DataError
 from megatron_adapt.files import read_json, write_json
 from megatron_adapt.shape import LlamaShape, read_shape
@@ -101,6 +111,11 @@ class HFFolder:
         return list(self._entries)
 
     @property
+    def files(self) -> list[Path]:
+        """Files that hold the tensors."""
+        return sorted({entry.file for entry in self._entries.values()})
+
+    @property
     def specs(self) -> dict[str, TensorSpec]:
         """Shape and dtype of every tensor."""
         return {name: entry.spec for name, entry in self._entries.items()}
@@ -119,13 +134,13 @@ class HFFolder:
         with entry.file.open("rb", buffering=0) as file:
             return read_values(file.fileno(), entry.start, entry.spec)
 
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Read rows [start, stop) of a tensor's first axis."""
+    def read_rows(self, name: str, start: int, stop: int, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """Read rows [start, stop) of a tensor's first axis, into ``buffer`` as ``read_values`` does."""
         entry = self._entry(name)
         row = TensorSpec(entry.spec.shape[1:], entry.spec.dtype)
         rows = TensorSpec((stop - start, *row.shape), row.dtype)
         with entry.file.open("rb", buffering=0) as file:
-            return read_values(file.fileno(), entry.start + start * row.num_bytes, rows)
+            return read_values(file.fileno(), entry.start + start * row.num_bytes, rows, buffer)
 
     def gather_rows(self, name: str, ids: Sequence[int]) -> torch.Tensor:
         """Read the rows ``ids`` of a matrix, in that order: [len(ids), H]."""
@@ -140,12 +155,18 @@ class HFFolder:
         return rows_NH
 
     def read_mean_row(self, name: str, num_rows: int) -> torch.Tensor:
-        """Return the mean of the first ``num_rows`` rows of a matrix, summed in fp64: [H], fp64."""
+        """Return the mean of the finite ones of the first ``num_rows`` rows of a matrix, summed in fp64: [H], fp64."""
         shape = self.shape(name)
         total_H = torch.zeros(shape[1:], dtype=torch.float64)
         for start, stop in list_row_blocks(TensorSpec((num_rows, *shape[1:]), torch.float64)):
-            total_H += self.read_rows(name, start, stop).double().sum(0)
-        return total_H / num_rows
+            rows_NH = self.read_rows(name, start, stop).double()
+            block_H = rows_NH.sum(0)
+            if not block_H.isfinite().all():
+                is_finite_N = rows_NH.isfinite().all(-1)
+                block_H = rows_NH[is_finite_N].sum(0)
+                num_rows -= int((~is_finite_N).sum())
+            total_H += block_H
+        return total_H / max(1, num_rows)
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
@@ -221,6 +242,9 @@ class HFWriter:
     ) -> None:
         """Lay out the shards and write their headers.
 
+        Files that are there already are written over and not emptied: what an earlier writer of the same tensors
+        wrote stays until it is written again.
+
         Args:
             folder: existing folder.
             specs: every tensor that will be written; shards follow this order.
@@ -228,9 +252,10 @@ class HFWriter:
         """
         self._folder = folder
         self._specs = dict(specs)
-        self._left = {name: spec.num_bytes for name, spec in specs.items()}
+        self._left = {name: math.prod(spec.shape) for name, spec in specs.items()}
         self._entries: dict[str, _Entry] = {}
         self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
         shards = _divide_shards(self._specs, max_shard_bytes)
         for number, names in enumerate(shards, start=1):
             one = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -249,8 +274,8 @@ class HFWriter:
             offset += spec.num_bytes
         raw = orjson.dumps(header)
         raw += b" " * (-len(raw) % 8)
-        self._files[path] = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
-        os.pwrite(self._files[path], len(raw).to_bytes(8, "little") + raw, 0)
+        self._files[path] = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
+        write_bytes(self._files[path], 0, memoryview(len(raw).to_bytes(8, "little") + raw))
         for name in names:
             start = 8 + len(raw) + header[name]["data_offsets"][0]
             self._entries[name] = _Entry(path, start, self._specs[name])
@@ -271,7 +296,17 @@ class HFWriter:
         entry = self._entries[name]
         assert values.dtype == entry.spec.dtype, (name, values.dtype, entry.spec)
         write_values(self._files[entry.file], entry.start + offset, values)
-        self._left[name] -= values.nbytes
+        self.count_written(name, values.numel())
+
+    def count_written(self, name: str, num_values: int) -> None:
+        """Count values of a tensor as written, also those that an earlier writer of this folder wrote."""
+        with self._lock:
+            self._left[name] -= num_values
+
+    def sync(self) -> None:
+        """Wait until what was written so far is on disk."""
+        for descriptor in self._files.values():
+            os.fdatasync(descriptor)
 
     def __enter__(self) -> "HFWriter":
         return self
@@ -289,6 +324,11 @@ class HFWriter:
             total = sum(spec.num_bytes for spec in self._specs.values())
             weight_map = {name: entry.file.name for name, entry in self._entries.items()}
             write_json(self._folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def count_shards(specs: Mapping[str, TensorSpec]) -> int:
+    """Return how many files of weights ``HFWriter`` makes."""
+    return len(_divide_shards(specs, _MAX_SHARD_BYTES))
 
 
 def _divide_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[list[str]]:

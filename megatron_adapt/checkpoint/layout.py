@@ -1,8 +1,8 @@
-"""Which tensor of a Hugging Face Llama is which tensor of a Megatron checkpoint, and how to turn one into the other.
+"""Which rows of a Hugging Face Llama are which rows of a Megatron checkpoint.
 
 ``list_rules`` is the only name table of the package. A Megatron checkpoint stores the tensors of all layers stacked
 on a leading layer axis, under one key; a rule names that key, the Hugging Face tensors of one layer, and the
-tensor operation between them. Every ``merge_`` has a ``split_`` that undoes it bit by bit.
+order of their rows (``list_runs``): the two sides hold the same rows, so that one table serves both directions.
 
 Norm weights carry the names that Transformer Engine's fused layers give them. megatron-core's local layers map
 theirs to the same keys when they save, so one checkpoint serves both.
@@ -11,17 +11,17 @@ Source: megatron-core 0.16 ``models/gpt/gpt_layer_specs.py`` (``sharded_state_di
 ``transformer/attention.py`` (order of query, key and value rows), ``transformer/mlp.py`` (gate and up rows).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import Literal, NamedTuple
 
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.shape import LlamaShape
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+STACKED_PREFIX = "decoder.layers."
+"Keys with a leading layer axis begin so."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,11 @@ _LAYER_RULES = (
         hf=(_LAYER + "mlp.down_proj.weight",),
     ),
 )
+_QKV_BIAS_RULE = TensorRule(
+    megatron="decoder.layers.self_attention.linear_qkv.bias",
+    hf=tuple(f"{_LAYER}self_attn.{part}_proj.bias" for part in "qkv"),
+    kind="qkv",
+)
 _EXTRA_STATE_MODULES = (
     "self_attention.linear_qkv",
     "self_attention.core_attention",
@@ -91,6 +96,7 @@ def list_rules(shape: LlamaShape) -> list[TensorRule]:
     rules = [
         TensorRule(megatron="embedding.word_embeddings.weight", hf=(EMBEDDING,), kind="vocab"),
         *_LAYER_RULES,
+        *([_QKV_BIAS_RULE] if shape.qkv_bias else []),
         TensorRule(megatron="decoder.final_layernorm.weight", hf=("model.norm.weight",)),
     ]
     if not shape.tied:
@@ -123,6 +129,8 @@ def shape_hf(rule: TensorRule, shape: LlamaShape) -> list[tuple[int, ...]]:
     queries, keys = shape.num_attention_heads * width, shape.num_query_groups * width
     if rule.kind == "vocab":
         return [(shape.vocab_size, hidden)]
+    if rule is _QKV_BIAS_RULE:
+        return [(queries,), (keys,), (keys,)]
     if rule.kind == "qkv":
         return [(queries, hidden), (keys, hidden), (keys, hidden)]
     if rule.kind == "gate_up":
@@ -143,76 +151,44 @@ def shape_megatron(rule: TensorRule, shape: LlamaShape, padded_vocab_size: int) 
     return (shape.num_layers, *one) if rule.stacked else one
 
 
-def merge_tensors(rule: TensorRule, tensors: Sequence[torch.Tensor], shape: LlamaShape) -> torch.Tensor:
-    """Make the Megatron tensor of one layer (without layer axis); ``split_tensor`` is the inverse."""
-    if rule.kind == "qkv":
-        q, k, v = tensors
-        return merge_qkv(q, k, v, num_query_groups=shape.num_query_groups)
-    if rule.kind == "gate_up":
-        gate, up = tensors
-        return merge_gate_up(gate, up)
-    return tensors[0]
+class Run(NamedTuple):
+    """Rows that lie side by side on both sides.
 
-
-def split_tensor(rule: TensorRule, tensor: torch.Tensor, shape: LlamaShape) -> list[torch.Tensor]:
-    """Make the Hugging Face tensors of one layer; ``merge_tensors`` is the inverse."""
-    if rule.kind == "qkv":
-        heads_per_group = shape.num_attention_heads // shape.num_query_groups
-        return list(split_qkv(tensor, num_query_groups=shape.num_query_groups, heads_per_group=heads_per_group))
-    if rule.kind == "gate_up":
-        return list(split_gate_up(tensor))
-    return [tensor]
-
-
-def merge_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, num_query_groups: int) -> torch.Tensor:
-    """Interleave the projections group by group: [queries of group g, key g, value g] for every g.
-
-    Args:
-        q: [N * D, H].
-        k: [G * D, H].
-        v: [G * D, H].
-        num_query_groups: G, the number of key-value heads.
-
-    Returns:
-        [(N + 2 G) * D, H]. No row is permuted within a head: both sides rotate halves, not pairs.
+    Attributes:
+        part: which Hugging Face tensor of the rule.
+        hf_row: first row there.
+        row: first row in the Megatron tensor of the layer.
+        num_rows: how many.
     """
-    hidden = q.shape[-1]
-    grouped = [part.reshape(num_query_groups, -1, hidden) for part in (q, k, v)]
-    return torch.cat(grouped, dim=1).reshape(-1, hidden)
+
+    part: int
+    hf_row: int
+    row: int
+    num_rows: int
 
 
-def split_qkv(
-    qkv: torch.Tensor, *, num_query_groups: int, heads_per_group: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Take the projections apart again; the inverse of ``merge_qkv``.
+def list_runs(rule: TensorRule, shape: LlamaShape) -> list[Run]:
+    """Return which rows of the Hugging Face tensors of one layer are which rows of the Megatron tensor.
 
-    Args:
-        qkv: [(N + 2 G) * D, H].
-        num_query_groups: G.
-        heads_per_group: N / G.
-
-    Returns:
-        q [N * D, H], k [G * D, H], v [G * D, H].
+    ``qkv`` interleaves the projections group by group: the queries of group g, key g, value g, for every g. No row is
+    permuted within a head: both sides rotate halves, not pairs. ``gate_up`` puts the gate rows above the up rows; this
+    is the global tensor, in memory each tensor-parallel rank holds its share of both.
     """
-    hidden = qkv.shape[-1]
-    grouped = qkv.reshape(num_query_groups, -1, hidden)
-    width = grouped.shape[1] // (heads_per_group + 2)
-    q, k, v = grouped[:, : -2 * width], grouped[:, -2 * width : -width], grouped[:, -width:]
-    return q.reshape(-1, hidden), k.reshape(-1, hidden), v.reshape(-1, hidden)
-
-
-def merge_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Put the gate rows above the up rows: two [F, H] to [2 F, H].
-
-    This is the global tensor of a checkpoint. In memory each tensor-parallel rank holds its share of both.
-    """
-    return torch.cat([gate, up])
-
-
-def split_gate_up(merged: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return gate and up rows; the inverse of ``merge_gate_up``."""
-    gate, up = merged.chunk(2)
-    return gate, up
+    if rule.kind != "qkv":
+        runs, row = [], 0
+        for part, (num_rows, *_) in enumerate(shape_hf(rule, shape)):
+            runs.append(Run(part, 0, row, num_rows))
+            row += num_rows
+        return runs
+    width = shape.kv_channels
+    queries = shape.num_attention_heads // shape.num_query_groups * width
+    runs = []
+    for group in range(shape.num_query_groups):
+        row = group * (queries + 2 * width)
+        runs.append(Run(0, group * queries, row, queries))
+        runs.append(Run(1, group * width, row + queries, width))
+        runs.append(Run(2, group * width, row + queries + width, width))
+    return runs
 
 
 def check_hf_tensors(shapes: Mapping[str, tuple[int, ...]], shape: LlamaShape, where: str) -> None:

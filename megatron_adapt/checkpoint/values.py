@@ -8,7 +8,7 @@ import torch
 
 from megatron_adapt.errors import CheckpointError
 
-BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 4 << 20
 "Most bytes of a matrix that are in memory at a time where it is handled row by row."
 
 
@@ -22,6 +22,13 @@ class TensorSpec(NamedTuple):
     def num_bytes(self) -> int:
         """Bytes of the tensor's values."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the torch type of a name such as "bfloat16"."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype), name
+    return dtype
 
 
 def list_row_blocks(spec: TensorSpec) -> Iterator[tuple[int, int]]:
@@ -39,13 +46,22 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(values)
 
 
-def read_values(descriptor: int, offset: int, spec: TensorSpec) -> torch.Tensor:
+def read_values(descriptor: int, offset: int, spec: TensorSpec, buffer: torch.Tensor | None = None) -> torch.Tensor:
     """Read a tensor whose values lie at a byte offset of an open file.
+
+    Args:
+        descriptor: the open file.
+        offset: where the values begin.
+        spec: the tensor.
+        buffer: bytes to put the values in, so that no memory is taken; used where it is large enough.
 
     Raises:
         CheckpointError: the file ends before the tensor does.
     """
-    values = torch.empty(spec.shape, dtype=spec.dtype)
+    if buffer is not None and spec.num_bytes <= buffer.numel():
+        values = buffer[: spec.num_bytes].view(spec.dtype).view(spec.shape)
+    else:
+        values = torch.empty(spec.shape, dtype=spec.dtype)
     read_into(descriptor, offset, bytes_of(values))
     return values
 
@@ -68,7 +84,11 @@ def read_into(descriptor: int, offset: int, buffer: memoryview) -> None:
 
 def write_values(descriptor: int, offset: int, values: torch.Tensor) -> None:
     """Write the values of a tensor at a byte offset of an open file."""
-    buffer = bytes_of(values.contiguous())
+    write_bytes(descriptor, offset, bytes_of(values.contiguous()))
+
+
+def write_bytes(descriptor: int, offset: int, buffer: memoryview) -> None:
+    """Write all of ``buffer`` at a byte offset of an open file."""
     done = 0
     while done < len(buffer):
         done += os.pwrite(descriptor, buffer[done:], offset + done)

@@ -1,6 +1,6 @@
 """Compare a Hugging Face folder with a Megatron checkpoint: every tensor by bytes, and logits on random tokens.
 
-``compare_tensors`` converts the Megatron side back in memory, layer by layer. ``compare_logits`` runs transformers'
+``compare_tensors`` goes through the slices of ``slices`` again. ``compare_logits`` runs transformers'
 ``LlamaForCausalLM`` and the engine's model, both in fp32 whatever the type of the weights, so that one tolerance
 serves all types; where the two sides store different types, both are rounded to the narrower one first.
 
@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from megatron_adapt.checkpoint.convert import read_part, torch_dtype
 from megatron_adapt.checkpoint.dist import DistReader
 from megatron_adapt.checkpoint.hf import HFFolder
-from megatron_adapt.checkpoint.layout import EMBEDDING, TensorRule, list_parts, list_rules, split_tensor
+from megatron_adapt.checkpoint.layout import EMBEDDING, list_rules
 from megatron_adapt.checkpoint.root import Description, find_checkpoint, read_description
-from megatron_adapt.checkpoint.values import TensorSpec, bytes_of, list_row_blocks
+from megatron_adapt.checkpoint.slices import Slice, list_slices, run_steps
+from megatron_adapt.checkpoint.values import bytes_of, torch_dtype
 from megatron_adapt.checkpoint.weights import load_weights
 from megatron_adapt.engine.llama import build_model
 from megatron_adapt.engine.parallel import Layout, get_device, start_engine
@@ -106,34 +106,30 @@ def compare_tensors(hf_folder: Path, megatron_folder: Path, *, output: Literal["
     """
     iter_folder = find_checkpoint(megatron_folder)
     description = read_description(iter_folder)
+    shape = description.shape
     hf, megatron = HFFolder(hf_folder), DistReader(iter_folder)
-    count = 0
-    for rule in list_rules(description.shape):
-        if rule.kind == "vocab":
-            _compare_matrix(hf, megatron, rule, description, output)
-            count += 1
-            continue
-        for layer in list_parts(rule, description.shape):
-            parts = split_tensor(rule, read_part(megatron, rule, layer), description.shape)
-            for name, part in zip(rule.name_hf(layer), parts, strict=True):
-                _compare(name, hf.read(name), part, output)
-                count += 1
-    return count
+    itemsizes = {rule.megatron: megatron.dtype(rule.megatron).itemsize for rule in list_rules(shape)}
+    slices = list_slices(shape, itemsizes)
+
+    def compare_slice(item: Slice, buffer: torch.Tensor) -> int:
+        left = hf.read_rows(item.hf, item.hf_row, item.hf_row + item.num_rows, buffer)
+        right = megatron.read(item.key, *item.place(tuple(left.shape[1:]))).reshape(left.shape)
+        _compare(item.hf, left, right, output)
+        return right.nbytes
+
+    run_steps(slices, compare_slice)
+    if output == "megatron":
+        for rule in list_rules(shape):
+            if rule.kind == "vocab":
+                _check_padding(megatron, rule.megatron, description)
+    return len({item.hf for item in slices})
 
 
-def _compare_matrix(
-    hf: HFFolder, megatron: DistReader, rule: TensorRule, description: Description, output: Literal["megatron", "hf"]
-) -> None:
-    name, true_size = rule.hf[0], description.true_vocab_size
-    padded = TensorSpec((description.padded_vocab_size, description.shape.hidden_size), torch.float64)
-    for start, stop in list_row_blocks(padded):
-        rows = megatron.read(rule.megatron, (start, 0), (stop - start, padded.shape[1]))
-        num_true = min(max(true_size - start, 0), stop - start)
-        if num_true:
-            _compare(name, hf.read_rows(name, start, start + num_true), rows[:num_true], output)
-        padding = rows[num_true:]
-        if output == "megatron" and padding.numel() and not (padding.isfinite().all() and padding.any(-1).all()):
-            raise CheckpointError(f"{megatron.folder}: padding rows of {rule.megatron} are zero or not finite")
+def _check_padding(megatron: DistReader, key: str, description: Description) -> None:
+    true_size, num_rows = description.true_vocab_size, description.padded_vocab_size
+    padding = megatron.read(key, (true_size, 0), (num_rows - true_size, description.shape.hidden_size))
+    if not (padding.isfinite().all() and padding.any(-1).all()):
+        raise CheckpointError(f"{megatron.folder}: padding rows of {key} are zero or not finite")
 
 
 def _compare(name: str, hf: torch.Tensor, megatron: torch.Tensor, output: Literal["megatron", "hf"]) -> None:

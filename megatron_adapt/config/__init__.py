@@ -7,11 +7,11 @@ Single values are checked here; checks against data live where the data is read.
 """
 
 from megatron_adapt.config.base import BaseSettings, CreateBase
-from megatron_adapt.config.checkpoint import CheckpointSettings, ConvertCheckpoint
+from megatron_adapt.config.checkpoint import CheckpointSettings, ConvertCheckpoint, InspectCheckpoint
 from megatron_adapt.config.corpus import CorpusSettings, ParallelSettings, PrepareCorpus, PrepareParallel
 from megatron_adapt.config.data import DataSettings, PreprocessData
 from megatron_adapt.config.evaluate import Evaluate, EvaluateSettings
-from megatron_adapt.config.inspect import CheckTokens, DescribeTokens, MergeTokens, ShowTokens
+from megatron_adapt.config.inspect import CheckTokens, DescribeTokens, MergeTokens, ShowTokens, TraceStep
 from megatron_adapt.config.tokenizer import BuildTokenizer, MeasureTokenizer, SweepSettings, TokenizerSettings
 from megatron_adapt.config.train import StageSettings, TrainSettings
 from megatron_adapt.config.vocab import ResizeVocab, VocabSettings
@@ -28,6 +28,7 @@ __all__ = [
     "DescribeTokens",
     "Evaluate",
     "EvaluateSettings",
+    "InspectCheckpoint",
     "MeasureTokenizer",
     "MergeTokens",
     "ParallelSettings",
@@ -39,6 +40,7 @@ __all__ = [
     "StageSettings",
     "SweepSettings",
     "TokenizerSettings",
+    "TraceStep",
     "TrainSettings",
     "VocabSettings",
 ]

@@ -39,6 +39,18 @@ class ConvertCheckpoint:
     "Tokenizer the output must fit and carry; by default the one that travels with the source."
     verify: bool = False
     "Afterwards convert back in memory and compare every tensor, and compare logits on random tokens."
+    dry_run: bool = False
+    "Check everything, print bytes, files, memory and time, and write nothing but an unnamed file to measure the disk."
     overwrite: bool = False
     "Replace the output folder if it exists."
     settings: CheckpointSettings = field(default_factory=CheckpointSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectCheckpoint:
+    """Say what is in a checkpoint: model, vocabulary, training position, tensors."""
+
+    folder: Path
+    "Hugging Face folder, or Megatron checkpoint (its root, or one iter_... folder)."
+    json: Path | None = None
+    "Also write the figures to this file."

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_adapt.config.corpus import PlainText
 from megatron_adapt.config.require import require
 
 
@@ -21,6 +22,9 @@ class DataSettings:
     on_error: Literal["fail", "skip"] = "fail"
     """fail: stop at the first line that is no document. skip: leave such lines out, count them and list them in
     PREFIX.skipped.txt. A damaged compressed file stops both."""
+    prompt_key: str = ""
+    """Key of a text that is put in front of the others and bears no loss in training, such as 'prompt'; PREFIX.prompts
+    says how many tokens it is."""
     partitions: int = 0
     "Cut the input into at least this many chunks, the units of work and of restart; 0: as many as the workers need."
 
@@ -34,13 +38,17 @@ class PreprocessData:
     """Tokenise documents into PREFIX.bin and PREFIX.idx, readable by megatron-core. A run that was killed goes on."""
 
     input: tuple[Path, ...]
-    "Files to read, in this order: JSON lines, plain, gzip or zstd (recognised by content)."
+    """Files, folders or patterns ('raw/*.jsonl.gz'), in this order: JSON lines or parquet, or plain text with
+    --plain-text; also compressed by gzip, zstd or xz. Recognised by content; in a folder also by name."""
     tokenizer: Path
     "Folder of the tokenizer."
     output_prefix: Path
     "Path of the output without .bin and .idx."
     json_keys: tuple[str, ...] = ("text",)
     "Key of the text in a JSON document. Several keys: an output each, PREFIX_KEY.bin and PREFIX_KEY.idx."
+    plain_text: PlainText = "none"
+    """What a document is in files of plain text: the whole file, or paragraphs, which blank lines separate. none: there
+    are no such files."""
     overwrite: bool = False
     "Replace the output files if they exist, and an unfinished run that cannot be continued."
     settings: DataSettings = field(default_factory=lambda: DataSettings(append_eod=False))

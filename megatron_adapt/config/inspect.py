@@ -59,3 +59,19 @@ class MergeTokens:
     "Path of the output without .bin and .idx."
     overwrite: bool = False
     "Replace the output files if they exist."
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceStep:
+    """Say which documents a training step was made of."""
+
+    recipe: Path
+    "Recipe of the run; recipe.json in its work_dir is the resolved one."
+    stage: str
+    "Name of the training stage."
+    step: int
+    "Number of the step, from 1, as in metrics.jsonl."
+    tokenizer: Path | None = None
+    "Folder of the tokenizer, to show how every piece of text begins."
+    json: Path | None = None
+    "Also write the windows to this file."

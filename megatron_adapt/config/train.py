@@ -134,6 +134,12 @@ class TrainSettings:
     "Largest norm of the gradient."
     seed: int = 1234
     "Seed of the data order."
+    blend_engine: Literal["adapt", "megatron"] = "adapt"
+    "Who orders the windows: adapt, in exact shares; megatron, megatron-core's builder, to repeat an older run."
+    align_documents: bool = False
+    "Begin every window at a document, or inside one longer than it; what is read twice for it bears loss once."
+    continue_blend: bool = False
+    "Go on with a changed plan, behind all that was read of each source; otherwise a changed plan is refused."
     log_interval: int = 10
     "Steps between two lines of metrics."
     save_interval: int = 500

@@ -4,31 +4,42 @@ Reads: a plan, and the token files of its sources. Guarantees: window ``i`` of a
 the data alone - not of the number of ranks, the micro batch or the step it was resumed at - so the position of a run
 is the number of windows it has read. All sources come from one tokenizer, and no id lies outside its vocabulary.
 
-Method (``BlendedWindows.read_windows``):
-1. ``interleave`` names the source of every place, once at the start.
-2. ``_ordinals``: how many windows of that source came before, from counts at every 16384th place and, for a stage that
-   continues another, from its plan.
-3. ``EpochOrder`` turns the ordinal into a window of the source, one slice of its mapped ``.bin``.
+Method (``BlendedWindows.locate``):
+1. ``_find_state``: how many windows of each source came before; known where the last batch ended.
+2. ``interleave`` names the sources of the places asked for.
+3. ``EpochOrder`` turns the ordinal of a window in its source into a place there, a slice of the mapped ``.bin``.
 
-Costs: 2 bytes a window of the plan, nothing on disk, about 20 microseconds a window.
+Costs: no memory but K numbers, nothing on disk, about 20 microseconds a window.
 """
 
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_adapt.data.blend import interleave
+from megatron_adapt.data.align import mask_targets
+from megatron_adapt.data.blend import count_prefix, interleave, rank_windows
 from megatron_adapt.data.index import TokensFile, bin_path, read_tokens
 from megatron_adapt.data.plan import BlendPlan
-from megatron_adapt.data.record import TokensRecord, data_fingerprint, read_record
-from megatron_adapt.data.windows import EpochOrder, count_windows
+from megatron_adapt.data.prompts import mask_prompts
+from megatron_adapt.data.record import TokensRecord, read_record
+from megatron_adapt.data.sources import open_sources
+from megatron_adapt.data.windows import EpochOrder, Windows, count_windows, locate_windows
 from megatron_adapt.errors import ConfigError, DataError
 
-_BLOCK = 1 << 14
+
+class Batch(NamedTuple):
+    """N windows, ready to train on."""
+
+    ids_NT1: NDArray[np.int64]
+    "Token ids, ``[N, T + 1]``: the last T are the targets of the first T."
+    sources_N: NDArray[np.int64]
+    "Index of each window's source in the plan."
+    loss_NT: NDArray[np.bool_]
+    "Which targets bear loss: all but prompts and, of aligned windows, what the next one reads again."
 
 
 class BlendedWindows:
@@ -42,90 +53,79 @@ class BlendedWindows:
             prefixes: prefix of the token files of each source.
 
         Raises:
-            ConfigError: a source of the plan has no prefix.
-            DataError: files are missing or damaged, do not fit the plan, or come from different tokenizers.
+            ConfigError: as ``open_sources``.
+            DataError: as ``open_sources``.
         """
         self.plan = plan
-        self._files: list[TokensFile] = []
-        self.records: dict[str, TokensRecord] = {}
-        "Counts of each source."
-        self.data_fingerprints: dict[str, str] = {}
-        "Hash of each source's data, for the checkpoint."
-        for source, available in zip(plan.sources, plan.available, strict=True):
-            if source not in prefixes:
-                raise ConfigError(f"blend.{source}: no token files were named; tokenise the source first")
-            prefix = prefixes[source]
-            file = read_tokens(prefix)
-            windows = count_windows(file.num_tokens, plan.seq_length)
-            if windows != available:
-                raise DataError(
-                    f"{bin_path(prefix)}: {windows} windows of {plan.seq_length} tokens where the plan counted "
-                    f"{available}; the data changed, make the plan again"
-                )
-            self._files.append(file)
-            self.records[source] = read_record(prefix)
-            self.data_fingerprints[source] = data_fingerprint(prefix)
-        self.tokenizer_fingerprint = check_tokenizers({prefixes[name]: item for name, item in self.records.items()})
-        "Fingerprint of the tokenizer of all sources."
+        self.sources = open_sources(plan, prefixes)
         self._orders = [
-            EpochOrder(num_windows=available, fingerprint=self.data_fingerprints[source], seed=plan.seed)
+            # Of aligned windows only the number counts here; where they begin is in the table of cuts.
+            EpochOrder(
+                num_tokens=available + 1 if plan.aligned else self.sources.files[source].num_tokens,
+                seq_length=1 if plan.aligned else plan.seq_length,
+                fingerprint=self.sources.fingerprints[source],
+                seed=plan.seed,
+            )
             for source, available in zip(plan.sources, plan.available, strict=True)
         ]
-        self._sources = interleave(plan.windows)
-        self._counts = _count_blocks(self._sources, len(plan.sources))
+        self._state = 0, np.zeros(len(plan.sources), np.int64)
+        "A place of the plan, and the windows of each source before it; the order is continued from there."
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return self.plan.num_windows
 
-    def read_windows(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Read ``count`` windows from place ``first`` of the run.
-
-        Returns:
-            ids ``[count, T + 1]`` (the last T are the targets of the first T) and the index of each window's source
-            in ``plan.sources``, ``[count]``.
+    def read_windows(self, first: int, count: int) -> Batch:
+        """Read ``count`` windows from place ``first`` of the stage.
 
         Raises:
             ConfigError: the places lie outside the plan.
             DataError: an id is not in the tokenizer's vocabulary.
         """
-        sources_N, windows_N = self.locate(first, count)
+        sources_N, windows = self.locate(first, count)
         ids_NT1 = np.empty((count, self.plan.seq_length + 1), np.int64)
+        loss_NT = np.ones((count, self.plan.seq_length), bool)
         for index in np.unique(sources_N):
             chosen_N = np.flatnonzero(sources_N == index)
-            record = self.records[self.plan.sources[index]]
-            ids_NT1[chosen_N] = _read(self._files[index], windows_N[chosen_N], self.plan.seq_length, record)
-        return ids_NT1, sources_N
+            source = self.plan.sources[index]
+            file, starts_N = self.sources.files[source], windows.starts_N[chosen_N]
+            ids_NT1[chosen_N] = _read(file, starts_N, self.plan.seq_length, self.sources.records[source])
+            if source in self.sources.cuts:
+                loss_NT[chosen_N] &= mask_targets(
+                    self.sources.cuts[source], windows.windows_N[chosen_N], self.plan.seq_length
+                )
+            if source in self.sources.prompts:
+                loss_NT[chosen_N] &= mask_prompts(*self.sources.prompts[source], starts_N, self.plan.seq_length)
+        return Batch(ids_NT1, sources_N, loss_NT)
 
-    def locate(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the source of each of ``count`` places from ``first``, and its window in that source."""
-        if first < 0 or count < 0 or first + count > len(self):
+    def locate(self, first: int, count: int) -> tuple[NDArray[np.int64], Windows]:
+        """Return the index of the source of each of ``count`` places from ``first``, ``[count]``, and its window."""
+        plan = self.plan
+        if first < plan.begin or count < 0 or first + count > len(self):
             raise ConfigError(
-                f"windows {first} to {first + count} lie outside the plan of {len(self)} windows; "
+                f"windows {first} to {first + count} lie outside the plan of windows {plan.begin} to {len(self)}; "
                 "train on no more steps than it has, or raise the stage's tokens"
             )
-        sources_N = self._sources[first : first + count].astype(np.int64)
-        ordinals_N = self._ordinals(first, sources_N)
-        windows_N = np.empty_like(ordinals_N)
-        for index in np.unique(sources_N):
+        placed_K = self._find_state(first - plan.begin)
+        sources_N = interleave(plan.weights, placed_K.tolist(), count).astype(np.int64)
+        before_K = np.asarray(plan.first, np.int64) + placed_K
+        found = locate_windows(self._orders, sources_N, before_K[sources_N] + rank_windows(sources_N))
+        for index, starts_W1 in enumerate(self.sources.cuts.values()):
             chosen_N = sources_N == index
-            _, windows_N[chosen_N] = self._orders[index].windows_of(ordinals_N[chosen_N])
-        return sources_N, windows_N
+            found.starts_N[chosen_N] = starts_W1[found.windows_N[chosen_N]]
+        self._state = first - plan.begin + count, placed_K + np.bincount(sources_N, minlength=len(placed_K))
+        return sources_N, found
 
     def count_before(self, place: int) -> NDArray[np.int64]:
-        """Count the windows of each source that a run has read when it stands at ``place``, ``[K]``."""
-        block = place // _BLOCK
-        inside = self._sources[block * _BLOCK : place]
-        before_K: NDArray[np.int64] = self._counts[block] + np.bincount(inside, minlength=len(self.plan.sources))
-        return before_K
+        """Count the windows of each source that the stage has read when it stands at ``place``, ``[K]``."""
+        return np.asarray(self.plan.before, np.int64) + self._find_state(place - self.plan.begin)
 
-    def _ordinals(self, first: int, sources_N: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return, for each place from ``first``, how many windows of its source came before."""
-        before_K = self.count_before(first) + np.asarray(self.plan.first, np.int64)
-        ordinals_N = np.empty_like(sources_N)
-        for index in np.unique(sources_N):
-            chosen_N = np.flatnonzero(sources_N == index)
-            ordinals_N[chosen_N] = before_K[index] + np.arange(len(chosen_N))
-        return ordinals_N
+    def _find_state(self, place: int) -> NDArray[np.int64]:
+        """Return the windows of each source before ``place`` of the plan."""
+        known, placed_K = self._state
+        if place != known:
+            placed_K = count_prefix(self.plan.weights, place)
+        self._state = place, placed_K
+        return placed_K
 
 
 class ValidationWindows:
@@ -162,40 +162,17 @@ class ValidationWindows:
     def read_windows(self, first: int, count: int) -> NDArray[np.int64]:
         """Read ``count`` windows from ``first``; fewer at the end. Returns ids ``[count, T + 1]``."""
         windows_N = np.arange(first, min(first + count, len(self)))
-        return _read(self._file, windows_N, self._seq_length, self.record)
+        return _read(self._file, windows_N * self._seq_length, self._seq_length, self.record)
 
 
-def check_tokenizers(records: Mapping[Path, TokensRecord]) -> str:
-    """Return the fingerprint of the tokenizer that made all of these token files.
-
-    Raises:
-        DataError: two of them come from different tokenizers.
-    """
-    (one, first), *others = records.items()
-    for other, record in others:
-        if record.tokenizer_fingerprint != first.tokenizer_fingerprint:
-            raise DataError(
-                f"{bin_path(other)}: made by tokenizer {record.tokenizer_fingerprint}, but {bin_path(one)} by "
-                f"{first.tokenizer_fingerprint}; tokenise both with the same one"
-            )
-    return first.tokenizer_fingerprint
-
-
-def _count_blocks(sources_N: NDArray[np.uint16], num_sources: int) -> NDArray[np.int64]:
-    """Count the windows of each source before every block of places, ``[blocks, K]``."""
-    starts = range(0, max(1, len(sources_N)), _BLOCK)
-    blocks = [np.bincount(sources_N[start : start + _BLOCK], minlength=num_sources) for start in starts]
-    counts = np.zeros((len(blocks) + 1, num_sources), np.int64)
-    np.cumsum(blocks, axis=0, out=counts[1:])
-    return counts
-
-
-def _read(file: TokensFile, windows_N: NDArray[np.int64], seq_length: int, record: TokensRecord) -> NDArray[Any]:
-    ids_NT1 = np.empty((len(windows_N), seq_length + 1), np.int64)
-    for row, window in enumerate(windows_N):
-        start = int(window) * seq_length
-        ids_NT1[row] = file.tokens_N[start : start + seq_length + 1]
-    if len(windows_N) and (ids_NT1.max() >= record.vocab_size or ids_NT1.min() < 0):
+def _read(file: TokensFile, starts_N: NDArray[np.int64], seq_length: int, record: TokensRecord) -> NDArray[np.int64]:
+    ids_NT1 = np.empty((len(starts_N), seq_length + 1), np.int64)
+    for row, start in enumerate(starts_N):
+        head = file.tokens_N[start : start + seq_length + 1]
+        ids_NT1[row, : len(head)] = head
+        if len(head) <= seq_length:
+            ids_NT1[row, len(head) :] = file.tokens_N[: seq_length + 1 - len(head)]
+    if len(starts_N) and (ids_NT1.max() >= record.vocab_size or ids_NT1.min() < 0):
         wrong = int(ids_NT1.max()) if ids_NT1.max() >= record.vocab_size else int(ids_NT1.min())
         raise DataError(
             f"{bin_path(file.prefix)}: holds id {wrong}, outside the vocabulary of {record.vocab_size} its tokenizer "

@@ -1,7 +1,7 @@
 """Tokenise documents into PREFIX.bin, PREFIX.idx and PREFIX.stage.json.
 
-Reads: files of one JSON document a line, and a tokenizer folder. Writes: the three files, or none; PREFIX.skipped.txt
-where lines were left out; while it runs, and after it was stopped, the folder PREFIX.unfinished.
+Reads: documents (corpus/chunks.py says in which formats), and a tokenizer folder. Writes: the three files, or none;
+PREFIX.skipped.txt where lines were left out; while it runs, and after it was stopped, the folder PREFIX.unfinished.
 Guarantees: documents keep their order; the output is the same byte for byte for any number of workers, any backend, any
 size of the chunks, and however often the run was killed and started again; the first mistake stops the work with one
 line that names file and line; documents of white space alone are left out and counted. Ids are those of the tokenizer
@@ -23,7 +23,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ import numpy as np
 from megatron_adapt.config import PreprocessData
 from megatron_adapt.corpus.chunks import cut_files, sample_lines
 from megatron_adapt.corpus.documents import get_text, parse_line
+from megatron_adapt.corpus.inputs import find_files
 from megatron_adapt.data.backend import BackendDiffersError, WantedBackend, choose_backend, find_affixes
 from megatron_adapt.data.crew import Worker, start_workers
 from megatron_adapt.data.index import bin_path, idx_path, token_dtype
@@ -50,7 +51,7 @@ from megatron_adapt.data.run import InputChangedError, Run, write_error
 from megatron_adapt.data.shards import Joiner, publish
 from megatron_adapt.data.worker import Job
 from megatron_adapt.errors import ConfigError, DataError
-from megatron_adapt.files import replace_file, require_file, write_stage
+from megatron_adapt.files import replace_file, write_stage
 from megatron_adapt.logs import show_progress
 from megatron_adapt.tokenizer.pieces import LoadedTokenizer, read_tokenizer
 
@@ -74,8 +75,7 @@ def preprocess_data(config: PreprocessData) -> dict[str, TokensRecord]:
         DataError: an input is missing, damaged, empty or changed, the tokenizer cannot do what was asked, or the
             output cannot be written.
     """
-    for path in config.input:
-        require_file(path, "--input")
+    config = replace(config, input=find_files(config.input, "--input", config.plain_text))
     try:
         return _preprocess(config, config.settings.backend, begin_anew=False)
     except InputChangedError as error:
@@ -164,12 +164,13 @@ def _make_job(
         dtype=token_dtype(tokenizer.vocab_size).str,
         eod_id=eod_id,
         json_keys=config.json_keys,
+        prompt_key=config.settings.prompt_key,
         skip_errors=config.settings.on_error == "skip",
     )
 
 
 def _sample_texts(config: PreprocessData) -> Iterator[str]:
-    for line in sample_lines(config.input, _SAMPLE_TEXTS):
+    for line in sample_lines(config.input, _SAMPLE_TEXTS, config.plain_text):
         with suppress(DataError):  # named later, with its line
             document = parse_line(line, "")
             for key in config.json_keys:
@@ -182,10 +183,12 @@ def _make_header(config: PreprocessData, job: Job) -> dict[str, Any]:
     if config.settings.partitions:
         smallest, num_chunks = 1, config.settings.partitions
     return {
-        "format": 1,
+        "format": 2,
         "tokenizer": _hash_text(job.tokenizer_json),
         "eod_id": job.eod_id,
         "json_keys": list(job.json_keys),
+        "prompt_key": job.prompt_key,
+        "plain_text": config.plain_text,
         "backend": job.backend,
         "chunk_bytes": min(max(total // num_chunks, smallest), _MAX_CHUNK_BYTES),
     }
@@ -204,7 +207,7 @@ def _encode(
             del manifest.rows[row.number]  # skipped by a run that was told to; this one stops there
     for worker in workers:
         worker.send(job)
-    chunks = cut_files(config.input, manifest.header["chunk_bytes"])
+    chunks = cut_files(config.input, manifest.header["chunk_bytes"], config.plain_text)
     total = sum(path.stat().st_size for path in config.input) / 1e6
     with ExitStack() as stack:
         joiner = None

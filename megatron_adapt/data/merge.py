@@ -10,9 +10,10 @@ from dataclasses import asdict
 import numpy as np
 
 from megatron_adapt.config import MergeTokens
-from megatron_adapt.data.dataset import check_tokenizers
 from megatron_adapt.data.index import TokensFile, TokensWriter, idx_path, read_tokens, write_tokens
+from megatron_adapt.data.prompts import join_prompts
 from megatron_adapt.data.record import read_appended_eod, read_record, record_path
+from megatron_adapt.data.sources import check_tokenizers
 from megatron_adapt.errors import ConfigError, DataError
 from megatron_adapt.files import write_stage
 from megatron_adapt.logs import show_progress
@@ -44,10 +45,12 @@ def merge_tokens(config: MergeTokens) -> None:
             )
     total = sum(record.tokens for record in records.values()) / 1e6
     vocab_size = records[first].vocab_size
+    files = [read_tokens(prefix) for prefix in config.prefix]
     with show_progress("merging", total, "M tokens") as advance, write_tokens(output, vocab_size) as writer:
-        for prefix in config.prefix:
-            for num_tokens in _append(read_tokens(prefix), writer):
+        for file in files:
+            for num_tokens in _append(file, writer):
                 advance(num_tokens / 1e6)
+        join_prompts(files, output)
     sums = {
         name: sum(getattr(record, name) for record in records.values())
         for name in ("documents", "skipped_documents", "tokens", "bytes")

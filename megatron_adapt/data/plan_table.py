@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_adapt.config.names import get_language
-from megatron_adapt.data.plan import BlendPlan, plan_stages, write_plan
+from megatron_adapt.data.plan import BlendPlan, write_plan
+from megatron_adapt.data.stage_plans import plan_stages
 from megatron_adapt.plots import draw_plot
 from megatron_adapt.recipe import Recipe
 from megatron_adapt.run_folder import RunFolder

@@ -1,7 +1,8 @@
 """Parts of the output that workers write, and the joining of them.
 
-A worker writes one *part* for every chunk and key: the ids of its documents end to end, then their lengths (i32).
-``Joiner`` appends the parts, in the order of the chunks, to one file of ids and one of lengths for every key, while the
+A worker writes one *part* for every chunk and key: the ids of its documents end to end, then a table of the documents,
+their tokens and those of their prompts (i32 each).
+``Joiner`` appends the parts, in the order of the chunks, to one file of ids and one table for every key, while the
 workers go on; parts that are joined and on disk are deleted. So the disk holds the output once and a little more, and
 nothing is left to copy at the end.
 
@@ -22,13 +23,14 @@ from numpy.typing import NDArray
 
 from megatron_adapt.data.index import bin_path, idx_path, write_index
 from megatron_adapt.data.manifest import ChunkRow, Manifest, PartCounts
+from megatron_adapt.data.prompts import prompts_path
 from megatron_adapt.data.record import record_path
 from megatron_adapt.errors import DataError
 
 _SYNC_BYTES = 256 << 20
 "Parts are deleted in groups of this size."
 _COPY_BYTES = 1 << 20
-_LENGTH = np.dtype("<i4")
+_DOCUMENT = np.dtype([("tokens", "<i4"), ("prompt", "<i4")])
 
 
 def part_path(folder: Path, number: int, key_at: int) -> Path:
@@ -44,7 +46,7 @@ class PartWriter:
         self._partial = path.with_name(f"{path.name}.{os.getpid()}")
         self._dtype = dtype
         self._ending = np.array(ending, dtype)
-        self._lengths: list[int] = []
+        self._table: list[tuple[int, int]] = []
         self._counts = {"skipped_documents": 0, "tokens": 0, "bytes": 0, "checksum": 0}
 
     def __enter__(self) -> "PartWriter":
@@ -55,14 +57,22 @@ class PartWriter:
         self._file.close()
         self._partial.unlink(missing_ok=True)
 
-    def add_documents(self, documents: Sequence[NDArray[Any]], num_bytes: int) -> None:
-        """Append documents of ``num_bytes`` of text, each with the ending; those without any id are left out."""
+    def add_documents(self, documents: Sequence[NDArray[Any]], prompts: Sequence[int], num_bytes: int) -> None:
+        """Append documents, each with the ending; those without any id are left out.
+
+        Args:
+            documents: their ids.
+            prompts: how many of these are of the prompt.
+            num_bytes: bytes of text of all together.
+        """
         kept = [ids for ids in documents if len(ids)]
         self.skip_documents(len(documents) - len(kept))
         self._counts["bytes"] += num_bytes
         if not kept:
             return
-        self._lengths += [len(ids) + len(self._ending) for ids in kept]
+        self._table += [
+            (len(ids) + len(self._ending), prompt) for ids, prompt in zip(documents, prompts, strict=True) if len(ids)
+        ]
         arrays = [array for ids in kept for array in (ids, self._ending)] if len(self._ending) else kept
         ids_N = np.concatenate(arrays)
         assert ids_N.dtype == self._dtype
@@ -75,10 +85,10 @@ class PartWriter:
 
     def finish(self) -> PartCounts:
         """Give the part its name."""
-        self._write(np.array(self._lengths, _LENGTH))
+        self._write(np.array(self._table, _DOCUMENT))
         self._file.close()
         self._partial.replace(self._path)
-        return PartCounts(documents=len(self._lengths), **self._counts)
+        return PartCounts(documents=len(self._table), **self._counts)
 
     def _write(self, array: NDArray[Any]) -> None:
         self._file.write(array.data)
@@ -109,7 +119,7 @@ class Joiner:
                 [
                     stack.enter_context(_open_at(ids_file(self._manifest.folder, at), tokens * self._dtype.itemsize)),
                     stack.enter_context(
-                        _open_at(lengths_file(self._manifest.folder, at), documents * _LENGTH.itemsize)
+                        _open_at(table_file(self._manifest.folder, at), documents * _DOCUMENT.itemsize)
                     ),
                 ]
                 for at in self._keys
@@ -129,7 +139,7 @@ class Joiner:
                 num_bytes = row.parts[at].tokens * self._dtype.itemsize
                 with path.open("rb") as part:
                     _copy(part, self._files[at][0], num_bytes)
-                    _copy(part, self._files[at][1], row.parts[at].documents * _LENGTH.itemsize)
+                    _copy(part, self._files[at][1], row.parts[at].documents * _DOCUMENT.itemsize)
                 self._deletable.append(path)
                 self._deletable_bytes += num_bytes
             self._next += 1
@@ -152,13 +162,17 @@ def ids_file(folder: Path, key_at: int) -> Path:
     return folder / f"joined.{key_at}.bin"
 
 
-def lengths_file(folder: Path, key_at: int) -> Path:
-    """Return the joined lengths of a key."""
-    return folder / f"joined.{key_at}.lengths"
+def table_file(folder: Path, key_at: int) -> Path:
+    """Return the joined table of a key's documents."""
+    return folder / f"joined.{key_at}.table"
 
 
 def _index_file(folder: Path, key_at: int) -> Path:
     return folder / f"joined.{key_at}.idx"
+
+
+def _prompts_file(folder: Path, key_at: int) -> Path:
+    return folder / f"joined.{key_at}.prompts"
 
 
 def _sum_parts(rows: Sequence[ChunkRow], key_at: int) -> tuple[int, int]:
@@ -226,14 +240,20 @@ def publish(manifest: Manifest, prefixes: Sequence[Path], dtype: np.dtype[Any]) 
     folder = manifest.folder
     if not manifest.is_finished:
         for at in range(len(prefixes)):
-            lengths_D = np.memmap(lengths_file(folder, at), _LENGTH, "r")
-            write_index(_index_file(folder, at), lengths_D, dtype)
+            table_D = np.memmap(table_file(folder, at), _DOCUMENT, "r")
+            write_index(_index_file(folder, at), table_D["tokens"], dtype)
             _sync(_index_file(folder, at))
+            if table_D["prompt"].any():
+                table_D["prompt"].tofile(_prompts_file(folder, at))
+                _sync(_prompts_file(folder, at))
         manifest.finish()
     for at, prefix in enumerate(prefixes):
         if ids_file(folder, at).exists():
             record_path(prefix).unlink(missing_ok=True)
             idx_path(prefix).unlink(missing_ok=True)
+            prompts_path(prefix).unlink(missing_ok=True)
             ids_file(folder, at).replace(bin_path(prefix))
+        if _prompts_file(folder, at).exists():
+            _prompts_file(folder, at).replace(prompts_path(prefix))
         if _index_file(folder, at).exists():
             _index_file(folder, at).replace(idx_path(prefix))

@@ -1,16 +1,18 @@
-"""Shares as exact fractions: nested, held under limits, and rounded to whole windows.
+"""Shares as exact fractions: nested, held under limits, and turned into whole windows.
 
 A blend gives each language a share; its sources split it. Everything here is a fraction of Python's integers, read
 from the decimals the user wrote (0.1 is one tenth), so that equal input gives equal windows on any machine.
 
 1. ``nest_shares``: share of each source in the whole, by size, weight or temperature within its language.
-2. ``SHORTFALLS``: what is left of it under the limits of ``find_limits`` - ``fail_short`` refuses to read less than
+2. ``apportion``: the windows of each source are those of the first ``total`` places of the order they are read in
+   (``blend``), each its exact part rounded down or up. Largest remainders would not do: with them a longer run may give
+   a source less (the Alabama paradox), so that no order could be the beginning of another (Balinski, Young 1982).
+3. ``SHORTFALLS``: what is left of it under the limits of ``find_limits`` - ``fail_short`` refuses to read less than
    asked; ``redistribute`` fills sources up to their limit and lets the others grow in proportion (water-filling),
    first within the language, so that it keeps its share while it can; ``cap_budget`` keeps every share and shortens
    the stage to the last whole step that fits.
-3. ``round_nested``: largest remainder (Hamilton's method) between languages, then within each. Floor and ceiling of
-   a language's exact part lie between the sums of floors and ceilings of its sources', so both levels are within one
-   window of their exact part, and integer limits that hold for the parts hold for the windows.
+4. ``round_nested`` rounds what was redistributed: largest remainder (Hamilton's method) between languages, then within
+   each, so that integer limits that hold for the parts hold for the windows.
 
 Costs: O(K log K) fractions. Temperature: Arivazhagan et al. 2019, "Massively multilingual neural machine translation
 in the wild" (arXiv 1907.05019). Why limit repetition: Muennighoff et al. 2023, "Scaling data-constrained language
@@ -25,6 +27,7 @@ from fractions import Fraction
 
 from megatron_adapt.config import StageSettings
 from megatron_adapt.config.names import get_language
+from megatron_adapt.data.blend import count_prefix, whole_weights
 from megatron_adapt.errors import ConfigError
 
 Shares = Mapping[str, Fraction]
@@ -98,6 +101,14 @@ def nest_shares(stage: StageSettings, tokens: Mapping[str, int]) -> dict[str, Fr
     return shares
 
 
+# ---------------------------------------------------------------- whole windows
+
+
+def apportion(shares: Shares, total: int) -> dict[str, int]:
+    """Split ``total`` windows by ``shares`` as the order they are read in does."""
+    return dict(zip(shares, count_prefix(whole_weights(list(shares.values())), total).tolist(), strict=True))
+
+
 # ---------------------------------------------------------------- limits
 
 
@@ -111,6 +122,10 @@ class Limit:
     "Its sources."
     windows: int
     "How many may be read; 0 if earlier stages used them up."
+
+    def count(self, windows: Mapping[str, int]) -> int:
+        """Return how many of the windows of all sources are under this limit."""
+        return sum(windows[source] for source in self.members)
 
 
 def find_limits(
@@ -141,9 +156,9 @@ def fail_short(shares: Shares, limits: Sequence[Limit], total: int, step: int) -
     Raises:
         ConfigError: a source would be read more often than allowed.
     """
-    windows = round_nested({source: share * total for source, share in shares.items()}, total)
+    windows = apportion(shares, total)
     for limit in limits:
-        asked = sum(windows[source] for source in limit.members)
+        asked = limit.count(windows)
         if asked > limit.windows:
             raise ConfigError(
                 f"blend.{limit.name}: the stage asks for {asked:,} windows where max_epochs leaves {limit.windows:,}; "
@@ -158,6 +173,9 @@ def redistribute(shares: Shares, limits: Sequence[Limit], total: int, step: int)
     Raises:
         ConfigError: all sources together may not be read so often.
     """
+    plain = apportion(shares, total)
+    if all(limit.count(plain) <= limit.windows for limit in limits):
+        return plain
     ceilings = {limit.name: limit.windows for limit in limits}
     groups = _group(shares)
     inside = {language: [ceilings.get(source, math.inf) for source in group] for language, group in groups.items()}
@@ -181,14 +199,17 @@ def cap_budget(shares: Shares, limits: Sequence[Limit], total: int, step: int) -
         ConfigError: not even one step is left.
     """
     room = {limit.name: limit.windows / _sum({source: shares[source] for source in limit.members}) for limit in limits}
-    capped = math.floor(min([*room.values(), Fraction(total)])) // step * step
-    if capped == 0:
-        tightest = min(limits, key=lambda limit: room[limit.name])
-        raise ConfigError(
-            f"blend.{tightest.name}: max_epochs leaves {tightest.windows:,} windows, too few for one step of "
-            f"{step:,} at its share; raise max_epochs or lower the share"
-        )
-    return round_nested({source: share * capped for source, share in shares.items()}, capped)
+    most = math.floor(min([*room.values(), Fraction(total)])) // step * step
+    for capped in range(most, 0, -step):
+        windows = apportion(shares, capped)
+        # The sources of a language may each be rounded up.
+        if all(limit.count(windows) <= limit.windows for limit in limits):
+            return windows
+    tightest = min(limits, key=lambda limit: room[limit.name])
+    raise ConfigError(
+        f"blend.{tightest.name}: max_epochs leaves {tightest.windows:,} windows, too few for one step of "
+        f"{step:,} at its share; raise max_epochs or lower the share"
+    )
 
 
 SHORTFALLS: dict[str, Callable[[Shares, Sequence[Limit], int, int], dict[str, int]]] = {

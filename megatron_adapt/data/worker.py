@@ -34,8 +34,8 @@ from megatron_adapt.errors import DataError
 _BATCH_BYTES = 1 << 18
 _SAMPLE_CHARACTERS = 2000
 _NO_SAMPLE = 2.0
-_Line = tuple[int, tuple[str, ...]]
-"Number in the chunk, and the text under every key."
+_Line = tuple[int, str, tuple[str, ...]]
+"Number in the chunk, the prompt, and the text under every key, which begins with the prompt."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,8 @@ class Job:
     eod_id: int | None
     "Appended to every document."
     json_keys: tuple[str, ...]
+    prompt_key: str
+    "Key of a text in front of the others; nothing for none."
     skip_errors: bool
 
 
@@ -170,7 +172,7 @@ class _ChunkEncoder:
             if content.isspace():
                 continue
             try:
-                batch.append((line, self._parse(content)))
+                batch.append((line, *self._parse(content)))
             except DataError as error:
                 self._fail(line, str(error).removeprefix(": "))
                 continue
@@ -181,9 +183,10 @@ class _ChunkEncoder:
         self._encode_batch(batch, 1.0)
         return line + 1
 
-    def _parse(self, content: bytes) -> tuple[str, ...]:
-        document = parse_line(content, "")
-        return tuple(get_text(document, key, "") for key in self._job.json_keys)
+    def _parse(self, content: bytes) -> tuple[str, tuple[str, ...]]:
+        document, key = parse_line(content, ""), self._job.prompt_key
+        prompt = get_text(document, key, "") if key and key in document else ""
+        return prompt, tuple(prompt + get_text(document, key, "") for key in self._job.json_keys)
 
     def _fail(self, line: int, reason: str) -> None:
         if not self._job.skip_errors:
@@ -195,12 +198,18 @@ class _ChunkEncoder:
             return
         if self._task.is_careful:
             self._report(At(batch[0][0]))
-        # Per key, the texts that are not empty.
-        texts = [
-            [text for _, texts in batch if (text := texts[at]) and not text.isspace()] for at in range(len(self._parts))
+        # Per key, the texts that are not empty, and their prompts.
+        kept = [
+            [(prompt, text) for _, prompt, texts in batch if (text := texts[at]) and not text.isspace()]
+            for at in range(len(self._parts))
         ]
+        texts = [[text for _, text in column] for column in kept]
         try:
             encoded = [self._encode(column) for column in texts]
+            prompts = [
+                self._count_prompts([prompt for prompt, _ in column], documents)
+                for column, documents in zip(kept, encoded, strict=True)
+            ]
             if self._sample_share <= share_done:
                 self._take_sample(texts)
         except (KeyboardInterrupt, SystemExit):
@@ -212,10 +221,24 @@ class _ChunkEncoder:
                 return
             self._fail(batch[0][0], f"the tokenizer failed on the text ({error}); correct the text or the tokenizer")
             return
-        for part, column, documents in zip(self._parts, texts, encoded, strict=True):
+        for part, column, documents, counts in zip(self._parts, texts, encoded, prompts, strict=True):
             part.skip_documents(len(batch) - len(column))
             # After encoding, which leaves the UTF-8 of a text in the object.
-            part.add_documents(documents, sum(len(text) if text.isascii() else len(text.encode()) for text in column))
+            num_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in column)
+            part.add_documents(documents, counts, num_bytes)
+
+    def _count_prompts(self, prompts: list[str], documents: list[NDArray[Any]]) -> list[int]:
+        """Count the tokens that a document has in common with its prompt alone.
+
+        A token across the border belongs to the text: the model must learn to write it.
+        """
+        if not any(prompts):
+            return [0] * len(prompts)
+        alone = self._encode(prompts)
+        return [
+            _count_common(first, second) if prompt else 0
+            for prompt, first, second in zip(prompts, alone, documents, strict=True)
+        ]
 
     def _take_sample(self, texts: list[list[str]]) -> None:
         column = max(texts, key=len)
@@ -227,6 +250,13 @@ class _ChunkEncoder:
         (ids,) = self._encode([text])
         self.sample = text, ids
         self._sample_share = _NO_SAMPLE
+
+
+def _count_common(first: NDArray[Any], second: NDArray[Any]) -> int:
+    """Return the length of the common beginning."""
+    length = min(len(first), len(second))
+    differing = np.flatnonzero(first[:length] != second[:length])
+    return int(differing[0]) if len(differing) else length
 
 
 def work(connection: Connection) -> None:

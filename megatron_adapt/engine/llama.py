@@ -121,6 +121,7 @@ def _make_config(shape: LlamaShape, layout: Layout, bf16: bool) -> TransformerCo
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         perform_initialization=False,

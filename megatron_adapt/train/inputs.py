@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_adapt.checkpoint.root import HF_FOLDER, Description, find_checkpoint, read_description
+from megatron_adapt.checkpoint.root import HF_FOLDER, LATEST_FILE, Description, find_checkpoint, read_description
 from megatron_adapt.config import TrainSettings
 from megatron_adapt.data.dataset import BlendedWindows, ValidationWindows
-from megatron_adapt.data.plan import plan_stage
+from megatron_adapt.data.megatron_blend import MegatronWindows
+from megatron_adapt.data.plan import BlendPlan, read_plan
 from megatron_adapt.data.record import TokensRecord, record_path
+from megatron_adapt.data.stage_plans import carry_over, check_same, plan_stage
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.files import STAGE_FILE
 from megatron_adapt.recipe import Recipe
-from megatron_adapt.run_folder import StagePlace, describe_training, find_stage
+from megatron_adapt.run_folder import PLAN_FILE, StagePlace, describe_training, find_stage
 from megatron_adapt.shape import check_layout
 from megatron_adapt.tokenizer.pieces import piece_bytes, read_tokenizer
 from megatron_adapt.train.documents import find_eod
@@ -38,7 +40,7 @@ class StageInputs:
     "``torch_dist`` folder of the weights to start from."
     description: Description
     "The model in it."
-    blend: BlendedWindows
+    blend: BlendedWindows | MegatronWindows
     "Windows to train on."
     valid: dict[str, NDArray[np.int64]]
     "Validation windows per language, [number, T + 1]."
@@ -77,8 +79,9 @@ class StageInputs:
     def training(self) -> dict[str, Any]:
         """What must not change while the stage runs."""
         return {
-            "plan_hash": self.blend.plan.plan_hash,
-            "data_fingerprints": self.blend.data_fingerprints,
+            "data_fingerprints": self.blend.sources.fingerprints,
+            "tokenizer_fingerprint": self.blend.sources.tokenizer_fingerprint,
+            "blend_engine": self.settings.blend_engine,
             "global_batch_size": self.settings.global_batch_size,
             "trainable": self.place.settings.trainable,
             "bf16": self.settings.bf16,
@@ -109,9 +112,9 @@ def open_inputs(recipe: Recipe, stage_name: str) -> StageInputs:
         seq_length=settings.seq_length,
         padded_vocab_size=description.padded_vocab_size,
     )
-    plan = plan_stage(recipe, stage_name)
-    blend = BlendedWindows(plan, {source: place.run.tokens(source, "train") for source in plan.sources})
-    for source, record in blend.records.items():
+    plan = _plan(recipe, place)
+    blend = _open_blend(settings, place, plan)
+    for source, record in blend.sources.records.items():
         _check_tokenizer(place.run.tokens(source, "train"), record, place.initial, description)
     valid = {}
     for language in _list_valid(recipe, place, plan.sources):
@@ -134,6 +137,29 @@ def open_inputs(recipe: Recipe, stage_name: str) -> StageInputs:
             place.initial / HF_FOLDER,
         ),
     )
+
+
+def _plan(recipe: Recipe, place: StagePlace) -> BlendPlan:
+    """Plan a stage, or go on with the plan of its last checkpoint."""
+    name = place.settings.name
+    root = place.run.checkpoints(name)
+    if not (root / LATEST_FILE).is_file():
+        return plan_stage(recipe, name)
+    folder = find_checkpoint(root)
+    trained = read_plan(folder / PLAN_FILE)
+    plan = plan_stage(recipe, name, trained)
+    if recipe.train.continue_blend and plan.plan_hash != trained.plan_hash:
+        return carry_over(recipe, name, trained, read_description(folder).step * recipe.train.global_batch_size)
+    remedy = f"add --train.continue-blend to go on behind what was read, or remove {root} to start again"
+    check_same(trained, plan, str(folder), remedy)
+    return plan
+
+
+def _open_blend(settings: TrainSettings, place: StagePlace, plan: BlendPlan) -> BlendedWindows | MegatronWindows:
+    prefixes = {source: place.run.tokens(source, "train") for source in plan.sources}
+    if settings.blend_engine == "megatron":
+        return MegatronWindows(plan, prefixes, place.run.checkpoints(place.settings.name) / "megatron_index")
+    return BlendedWindows(plan, prefixes)
 
 
 def _list_valid(recipe: Recipe, place: StagePlace, sources: Sequence[str]) -> list[str]:

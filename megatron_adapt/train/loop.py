@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +24,10 @@ import torch
 
 from megatron_adapt.checkpoint.root import HF_FOLDER
 from megatron_adapt.checkpoint.weights import load_weights
-from megatron_adapt.data.plan import check_trained, write_plan
+from megatron_adapt.config.names import get_language
+from megatron_adapt.data.plan import BlendPosition, write_plan
 from megatron_adapt.data.plan_table import describe_plan
+from megatron_adapt.data.stage_plans import check_trained
 from megatron_adapt.engine.llama import build_model
 from megatron_adapt.engine.parallel import Layout, get_device, start_engine
 from megatron_adapt.engine.trainable import freeze_rest
@@ -113,8 +116,9 @@ def run_steps(trainer: Trainer, inputs: StageInputs, first: int, stop: int) -> N
     masked_id = inputs.eod_id if settings.eod_mask_loss else None
     clock, clock_step = time.perf_counter(), first
     for step in range(first + 1, stop + 1):
-        windows, _ = inputs.blend.read_windows((step - 1) * batch, batch)
-        loss_mask = None if masked_id is None else mask_eod(windows, masked_id)
+        windows, _, loss_mask = inputs.blend.read_windows((step - 1) * batch, batch)
+        if masked_id is not None:
+            loss_mask &= mask_eod(windows, masked_id)
         report = train_step(trainer, windows, settings.micro_batch_size, loss_mask=loss_mask, reset_at=inputs.reset_at)
         _check_finite(report, step)
         validates = step % settings.eval_interval == 0 or step == last
@@ -126,7 +130,8 @@ def run_steps(trainer: Trainer, inputs: StageInputs, first: int, stop: int) -> N
             _report(metrics, row, last)
             clock, clock_step = time.perf_counter(), step
         if step % settings.save_interval == 0 or step == stop:
-            save_state(inputs.root, trainer, replace(description, step=step), inputs.training)
+            position = BlendPosition(inputs.blend.plan, _count_windows(inputs, step))
+            save_state(inputs.root, trainer, replace(description, step=step), inputs.training, position)
 
 
 def _check_finite(report: StepReport, step: int) -> None:
@@ -148,11 +153,19 @@ def validate(trainer: Trainer, inputs: StageInputs) -> dict[str, float]:
     }
 
 
+def _count_windows(inputs: StageInputs, step: int) -> tuple[int, ...]:
+    """Count the windows of each source that were trained on up to ``step``."""
+    return tuple(int(count) for count in inputs.blend.count_before(step * inputs.settings.global_batch_size))
+
+
 def _count_tokens(inputs: StageInputs, step: int) -> dict[str, int]:
-    """Count the tokens of each language that were trained on up to ``step``."""
-    windows_K = inputs.blend.count_before(step * inputs.settings.global_batch_size)
-    counts = (int(windows) * inputs.settings.seq_length for windows in windows_K)
-    return dict(zip(inputs.blend.plan.sources, counts, strict=True))
+    """Count the tokens of each source, and of each language of several, that were trained on up to ``step``."""
+    counts = (windows * inputs.settings.seq_length for windows in _count_windows(inputs, step))
+    tokens = dict(zip(inputs.blend.plan.sources, counts, strict=True))
+    languages: Counter[str] = Counter()
+    for source, count in tokens.items():
+        languages[get_language(source)] += count
+    return {**tokens, **languages}
 
 
 def _make_row(inputs: StageInputs, step: int, report: StepReport, *, tokens_per_second: float) -> dict[str, Any]:

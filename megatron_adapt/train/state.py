@@ -1,7 +1,8 @@
 """Save a training run and continue it exactly, in megatron-core's ``torch_dist`` format.
 
 Writes ``<root>/iter_NNNNNNN/`` (weights, fp32 masters and moments, step count; readable under any parallel
-layout) with ``adapt.json`` (the model) and ``training.json`` (what the run reads), and last of all
+layout) with ``adapt.json`` (the model), ``plan.json`` and ``training.json`` (what the run reads, and the cursors: where
+it stands in each source), and last of all
 ``latest_checkpointed_iteration.txt``: a run killed during a save continues from the save before.
 Nothing in a run draws random numbers after its start (there is no dropout, and the data order is computed), so
 there is no random state to keep.
@@ -33,8 +34,10 @@ from megatron_adapt.checkpoint.root import (
     write_latest,
 )
 from megatron_adapt.checkpoint.weights import weights_state_dict
+from megatron_adapt.data.plan import BlendPosition, write_plan
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.files import read_json, to_plain, write_json
+from megatron_adapt.run_folder import PLAN_FILE
 from megatron_adapt.train.optimizer import Trainer
 
 TRAINING_FILE = "training.json"
@@ -43,14 +46,17 @@ _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 _logger = logging.getLogger(__name__)
 
 
-def save_state(root: Path, trainer: Trainer, description: Description, training: Mapping[str, Any]) -> None:
+def save_state(
+    root: Path, trainer: Trainer, description: Description, training: Mapping[str, Any], position: BlendPosition
+) -> None:
     """Save weights and optimizer after ``description.step`` optimizer steps; every rank calls this.
 
     Args:
         root: folder of the stage's checkpoints.
         trainer: what to save.
         description: the model, and the steps done.
-        training: what must be the same when the run is continued: plan and data.
+        training: what must be the same when the run is continued: data and settings.
+        position: the plan, and where the run stands in its sources.
     """
     name = name_iteration(description.step)
     final, partial = root / name, root / f".{name}.partial"
@@ -65,7 +71,8 @@ def save_state(root: Path, trainer: Trainer, description: Description, training:
     dist.barrier()
     if dist.get_rank() == 0:
         write_description(partial, description)
-        write_json(partial / TRAINING_FILE, training)
+        write_json(partial / TRAINING_FILE, {**training, "cursors": position.describe()})
+        write_plan(partial / PLAN_FILE, position.plan)
         partial.replace(final)
         write_latest(root, description.step)
         _logger.info("saved %s", final)
@@ -84,7 +91,7 @@ def load_state(root: Path, trainer: Trainer, training: Mapping[str, Any]) -> int
         Optimizer steps done; 0 if nothing was saved yet.
 
     Raises:
-        CheckpointError: the state was saved by a run with another plan or other data.
+        CheckpointError: the state was saved by a run with other data or settings.
     """
     if not (root / LATEST_FILE).is_file():
         return 0

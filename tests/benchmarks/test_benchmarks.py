@@ -4,29 +4,33 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
+from megatron_adapt.data.index import read_tokens
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SHARED_KEYS = {"benchmark", "cores", "versions", "rounds"}
 SIZES = {
     "attention": ("--quick", "--size", "64"),
-    "blend": ("--size", "20000"),
+    "blend": ("--quick", "--size", "20000"),
     "merges": ("--size", "0.2", "--pieces", "100"),
     "convert": ("--size", "0.004"),
+    "preprocess": ("--size", "0.1", "--workers", "1"),
     "text_loops": ("--size", "0.1"),
 }
 KEYS = {
     "attention": {"positions", "threads", "cases"},
-    "blend": {"windows", "cases"},
+    "blend": {"windows", "cases", "deviations"},
     "merges": {"mb", "real_text", "twin", "learners"},
     "convert": {
-        "gb", "num_layers", "hidden_size", "seconds", "written_gb", "time_ratio", "start_mib", "extra_mib",
-        "memory_ratio",
+        "gb", "num_layers", "hidden_size", "seconds", "written_gb", "time_ratio", "start_mib", "peak_mib",
     },
+    "preprocess": {"mb", "real_text", "workers", "paths", "cases"},
     "text_loops": {"mb", "real_text", "cases"},
 }  # fmt: skip
 CASE_KEYS = {
@@ -35,9 +39,11 @@ CASE_KEYS = {
         "extra_mib", "memory_ratio",
     },
     "blend": {
-        "sources", "nanoseconds_per_window", "time_ratio", "twin_ratio", "worst_deviation_windows",
-        "worst_shortfall_windows",
+        "sources", "documents", "seconds", "plan_seconds", "resume_seconds", "time_ratio", "extra_mib", "memory_ratio",
+        "written_mib", "read_microseconds", "locate_microseconds", "order_nanoseconds", "order_ratio", "twin_ratio",
+        "worst_deviation_windows",
     },
+    "preprocess": {"case", "time_ratio"},
     "text_loops": {"case", "mb_per_second", "time_ratio"},
 }  # fmt: skip
 
@@ -64,9 +70,10 @@ def test_every_benchmark_is_tested():
     "name",
     [
         pytest.param("attention", marks=pytest.mark.slow),
-        "blend",
+        pytest.param("blend", marks=pytest.mark.slow),
         "merges",
         pytest.param("convert", marks=pytest.mark.slow),
+        pytest.param("preprocess", marks=pytest.mark.slow),
         "text_loops",
     ],
 )
@@ -100,7 +107,7 @@ def test_a_model_too_large_for_the_disk_is_refused(tmp_path, monkeypatch):
 def test_the_model_has_about_the_size_asked_for(monkeypatch):
     convert = load("convert", monkeypatch)
     for num_bytes in (0.01e9, 0.15e9, 1e9, 8e9):
-        shape = convert.read_shape(convert.choose_config(num_bytes).to_dict(), "config")
+        shape = convert.read_shape(convert.choose_config(num_bytes), "config")
         assert 2 * shape.num_parameters == pytest.approx(num_bytes, rel=0.15)
 
 
@@ -108,7 +115,40 @@ def test_deviation_is_counted_after_every_step(monkeypatch):
     blend = load("blend", monkeypatch)
     order = np.array([0, 0, 0, 1])  # shares 1/2: after three steps source 0 is 1.5 ahead
     assert blend.find_deviation(order, [2, 2]) == 1.5
-    assert blend.find_shortfall(order, [2, 2]) == 1
+    drawn = np.random.default_rng(0).integers(0, 3, 500)
+    weights, total = [5, 1, 3], 9
+    lags = [np.cumsum(drawn == source) - np.arange(1, 501) * weight / total for source, weight in enumerate(weights)]
+    for part in (1, 7, 500):  # whatever is counted at once
+        monkeypatch.setattr(blend, "ORDER_WINDOWS", part)
+        assert blend.find_deviation(drawn, weights) == pytest.approx(abs(np.array(lags)).max(), abs=2e-6)
+
+
+def test_our_order_is_less_than_a_window_from_extreme_shares(monkeypatch):
+    blend = load("blend", monkeypatch)
+    for num_sources in (2, 10, 100, 1000):
+        found = blend.find_deviations(num_sources, 30_000)
+        assert 0 < found["equal"] < 1
+        assert 0 < found["unequal"] < 1
+
+
+def test_sources_of_holes_are_token_files(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    sources = importlib.import_module("measuring.sources")
+    prefixes = sources.write_sources(tmp_path, 3, 30_000)
+    files = [read_tokens(prefix) for prefix in prefixes.values()]
+    assert [file.num_documents for file in files] == [10_000] * 3
+    assert sum(file.num_tokens for file in files) == pytest.approx(30_000 * sources.MEAN_TOKENS, rel=0.03)
+    assert sources.count_bytes(tmp_path) > 2 * sum(file.num_tokens for file in files)
+
+
+def test_memory_of_mapped_files_is_not_counted(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    anonymous = importlib.import_module("measuring.anonymous")
+    (tmp_path / "file").write_bytes(b"x" * (64 << 20))
+    assert anonymous.run_watched(hold, 64 << 20).extra_mib > 60
+    watched = anonymous.run_watched(sum_mapped, tmp_path / "file")
+    assert watched.result == 64 << 20
+    assert watched.extra_mib < 40  # the process imports this module
 
 
 def test_counts_add_up_and_differ(monkeypatch):
@@ -137,8 +177,34 @@ def test_the_invented_text_is_the_same_on_every_run(monkeypatch):
     assert len(first.split()) == merges.WORDS_PER_DOCUMENT
 
 
+def test_paths_that_give_other_ids_are_not_compared(monkeypatch):
+    preprocess = load("preprocess", monkeypatch)
+    preprocess.check_ids({"ours": "a", "megatron": "a"})
+    with pytest.raises(preprocess.EngineError, match="preprocess: megatron gives other ids than ours; do not compare"):
+        preprocess.check_ids({"ours": "a", "ours gigatoken": "a", "megatron": "b"})
+
+
+def test_the_text_is_shared_out_to_files_of_about_equal_size(tmp_path, monkeypatch):
+    preprocess = load("preprocess", monkeypatch)
+    paths = preprocess.write_corpus(tmp_path, 300_000, [], 3)
+    sizes = [path.stat().st_size for path in paths]
+    assert len(sizes) == 3
+    assert max(sizes) < 1.2 * min(sizes)
+    assert 300_000 < sum(sizes) < 330_000
+
+
 def allocate(num_bytes):
     return len(b"x" * num_bytes)
+
+
+def hold(num_bytes):
+    held = b"x" * num_bytes
+    time.sleep(0.2)
+    return len(held)
+
+
+def sum_mapped(path):
+    return sum(int(part.sum()) for part in np.memmap(path, np.uint8, "r").reshape(64, -1)) // ord("x")
 
 
 def test_measured_memory_is_that_of_the_call(monkeypatch):

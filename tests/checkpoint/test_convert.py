@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_adapt.checkpoint import convert
+from megatron_adapt.checkpoint import slices
 from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.dist import DistReader, DistWriter
 from megatron_adapt.checkpoint.hf import HFFolder
@@ -215,23 +215,11 @@ def test_an_existing_output_is_kept_unless_told_otherwise(tmp_path):
     _to_megatron(tmp_path / "hf", root, overwrite=True)
 
 
-@pytest.mark.parametrize("to", ["megatron", "hf"])
-def test_a_conversion_that_dies_halfway_leaves_nothing(tmp_path, monkeypatch, to):
-    write_llama(tmp_path / "hf")
-    source = tmp_path / "hf"
-    if to == "hf":
-        source = _to_megatron(source, tmp_path / "megatron")
-    kind = convert.DistWriter if to == "megatron" else convert.HFWriter
-    write, calls = kind.write, []
-
-    def write_some(*args):
-        calls.append(args)
-        if len(calls) > 4:
-            raise KeyboardInterrupt
-        write(*args)
-
-    monkeypatch.setattr(kind, "write", write_some)
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(KeyboardInterrupt):
-        convert_checkpoint(ConvertCheckpoint(source=source, to=to, output=tmp_path / "out"))
-    assert sorted(tmp_path.iterdir()) == before
+def test_slices_and_chunks_of_any_size_give_the_same_tensors(tmp_path, monkeypatch):
+    write_llama(tmp_path / "hf", dtype=torch.bfloat16, max_shard_size="20KB")
+    monkeypatch.setattr(slices, "SLICE_BYTES", 5 * 64)
+    monkeypatch.setattr(slices, "CHUNK_BYTES", 7 * 64)
+    root = _to_megatron(tmp_path / "hf", tmp_path / "megatron", verify=True)
+    assert len(DistReader(root / "release")._index.places) > 100
+    _to_hf(root, tmp_path / "again", verify=True)
+    _assert_same_tensors(tmp_path / "hf", tmp_path / "again")

@@ -8,6 +8,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_adapt.checkpoint.archive import Place
 from megatron_adapt.checkpoint.dist import DistReader, DistWriter
 from megatron_adapt.checkpoint.values import TensorSpec
 from megatron_adapt.errors import CheckpointError
@@ -65,7 +66,7 @@ def test_we_read_what_torch_writes(tmp_path):
 
 
 def test_large_checkpoints_are_spread_over_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_adapt.checkpoint.dist._MAX_FILE_BYTES", 2000)
+    monkeypatch.setattr("megatron_adapt.checkpoint.dist.MAX_FILE_BYTES", 2000)
     tensor = torch.randn(4, 10, 10)
     _write(tmp_path, tensor)
     assert len(list(tmp_path.glob("*.distcp"))) > 1
@@ -133,7 +134,7 @@ def test_an_index_with_foreign_code_does_not_run_it(tmp_path):
 def test_chunks_that_do_not_cover_a_tensor_are_refused(tmp_path):
     _write(tmp_path, torch.randn(3, 2, 2))
     reader = DistReader(tmp_path)
-    reader._tensors["x"].chunks.pop()
+    reader._sorted["x"]._chunks.pop()
     with pytest.raises(CheckpointError, match="chunks of x hold 8 of 12 values"):
         reader.read("x")
 
@@ -144,8 +145,7 @@ def test_a_chunk_with_other_strides_is_refused(tmp_path):
     torch.save(torch.randn(1, 2, 2).transpose(1, 2), raw)
     path = tmp_path / "__0_0.distcp"
     reader = DistReader(tmp_path)
-    info = reader._places["x", (0, 0, 0)]
-    info.length = len(raw.getvalue())
+    reader._index.places["x", (0, 0, 0)] = Place(path.name, 0, len(raw.getvalue()))
     path.write_bytes(raw.getvalue())
     with pytest.raises(CheckpointError, match="stored with strides"):
         reader.read("x", (0, 0, 0), (1, 2, 2))

@@ -7,20 +7,15 @@ from megatron_adapt.checkpoint.layout import (
     check_hf_tensors,
     check_megatron_tensors,
     list_rules,
-    merge_gate_up,
-    merge_qkv,
-    merge_tensors,
+    list_runs,
     shape_hf,
     shape_megatron,
-    split_gate_up,
-    split_qkv,
-    split_tensor,
 )
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.shape import LlamaShape
 
 _SHAPES = st.builds(
-    lambda groups, per_group, width, hidden, ffn, layers, tied: LlamaShape(
+    lambda groups, per_group, width, hidden, ffn, layers, tied, qkv_bias: LlamaShape(
         num_layers=layers,
         hidden_size=hidden,
         ffn_hidden_size=ffn,
@@ -33,6 +28,7 @@ _SHAPES = st.builds(
         rotary_base=1e4,
         rope_scaling=None,
         tied=tied,
+        qkv_bias=qkv_bias,
     ),
     groups=st.integers(1, 4),
     per_group=st.integers(1, 4),
@@ -41,38 +37,37 @@ _SHAPES = st.builds(
     ffn=st.integers(1, 7),
     layers=st.integers(1, 3),
     tied=st.booleans(),
+    qkv_bias=st.booleans(),
 )
+
+
+def _merge(rule, parts, shape):
+    """Make the Megatron tensor of one layer from ``list_runs``; every row must be written exactly once."""
+    merged = torch.full(shape_megatron(rule, shape, shape.vocab_size)[int(rule.stacked) :], torch.nan)
+    for part, hf_row, row, num_rows in list_runs(rule, shape):
+        assert merged[row : row + num_rows].isnan().all()
+        merged[row : row + num_rows] = parts[part][hf_row : hf_row + num_rows]
+    return merged
 
 
 @given(_SHAPES)
 @settings(max_examples=60, deadline=None)
-def test_split_undoes_merge_for_every_rule(shape):
+def test_runs_order_the_rows_as_megatron_does(shape):
     for rule in list_rules(shape):
         parts = [torch.randn(size) for size in shape_hf(rule, shape)]
-        merged = merge_tensors(rule, parts, shape)
-        expected = shape_megatron(rule, shape, shape.vocab_size)
-        assert tuple(merged.shape) == (expected[1:] if rule.stacked else expected)
-        again = split_tensor(rule, merged, shape)
-        assert len(again) == len(parts)
-        assert all(torch.equal(a, b) for a, b in zip(again, parts, strict=True))
+        if rule.kind == "qkv":
+            grouped = [part.reshape(shape.num_query_groups, -1, *part.shape[1:]) for part in parts]
+            expected = torch.cat(grouped, dim=1).reshape(-1, *parts[0].shape[1:])
+        else:
+            expected = torch.cat(parts)
+        assert torch.equal(_merge(rule, parts, shape), expected)
 
 
 def test_qkv_rows_are_ordered_group_by_group():
-    rows = {name: torch.tensor([[float(n)]]) for n, name in enumerate(("q0", "q1", "q2", "q3", "k0", "k1", "v0", "v1"))}
-    q = torch.cat([rows[f"q{n}"] for n in range(4)])
-    k, v = (torch.cat([rows[f"{part}{n}"] for n in range(2)]) for part in "kv")
-    expected = torch.cat([rows[name] for name in ("q0", "q1", "k0", "v0", "q2", "q3", "k1", "v1")])
-    assert torch.equal(merge_qkv(q, k, v, num_query_groups=2), expected)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(split_qkv(expected, num_query_groups=2, heads_per_group=2), (q, k, v), strict=True)
-    )
-
-
-def test_gate_lies_above_up():
-    gate, up = torch.zeros(3, 2), torch.ones(3, 2)
-    assert torch.equal(merge_gate_up(gate, up), torch.tensor([[0.0] * 2] * 3 + [[1.0] * 2] * 3))
-    assert all(torch.equal(a, b) for a, b in zip(split_gate_up(torch.cat([gate, up])), (gate, up), strict=True))
+    rule = next(rule for rule in list_rules(_shape()) if rule.kind == "qkv")
+    letters = [("q", "q", "Q", "Q", "r", "r", "R", "R"), ("k", "k", "K", "K"), ("v", "v", "V", "V")]
+    rows = [letters[part][at] for part, hf, _, n in list_runs(rule, _shape()) for at in range(hf, hf + n)]
+    assert "".join(rows) == "qqQQkkvv" + "rrRRKKVV"
 
 
 def _shape(tied: bool = False) -> LlamaShape:

@@ -3,11 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
+from megatron_adapt.checkpoint import slices
 from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.dist import DistReader
 from megatron_adapt.checkpoint.layout import list_rules
@@ -71,6 +73,31 @@ def test_a_converted_checkpoint_loads_under_every_layout(tmp_path, tensor_size, 
     loaded = {key: sum(size for (name, _), size in boxes.items() if name == key) for key in keys}
     assert loaded == {key: math.prod(reader.shape(key)) for key in keys}
     assert {name for name, _ in boxes} == set(keys)
+
+
+def test_biases_and_small_chunks_load_under_tensor_parallelism(tmp_path, monkeypatch):
+    monkeypatch.setattr(slices, "CHUNK_BYTES", 2000)
+    config = transformers.Qwen2Config(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = transformers.Qwen2ForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "hf")
+    pad = CheckpointSettings(vocab_pad_multiple=64)
+    convert_checkpoint(
+        ConvertCheckpoint(source=tmp_path / "hf", to="megatron", output=tmp_path / "megatron", settings=pad)
+    )
+    boxes = {}
+    for found in run_ranks(_load_and_compare, 2, tmp_path / "megatron" / "release", 2, 1):
+        boxes.update(found)
+    bias = {offset: size for (key, offset), size in boxes.items() if key.endswith("linear_qkv.bias")}
+    assert bias == {(layer, start): 32 for layer in range(2) for start in (0, 32)}
 
 
 def test_stock_megatron_core_finds_every_key_it_asks_for(tmp_path, monkeypatch):

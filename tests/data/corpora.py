@@ -55,7 +55,7 @@ def write_lines(path: Path, texts: list[str]) -> Path:
 
 def make_config(*corpus: Path, tokenizer: Path, prefix: Path, **other) -> PreprocessData:
     """A config; what is no setting of the stage is one of the tool."""
-    own = {name: other.pop(name) for name in ("overwrite", "json_keys") if name in other}
+    own = {name: other.pop(name) for name in ("overwrite", "json_keys", "plain_text") if name in other}
     settings = DataSettings(**{"append_eod": True, "backend": "tokenizers", **other})
     return PreprocessData(input=corpus, tokenizer=tokenizer, output_prefix=prefix, settings=settings, **own)
 

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_adapt.data import dataset
 from megatron_adapt.data.dataset import BlendedWindows, ValidationWindows
 from megatron_adapt.data.plan import BlendPlan, make_plan
 from megatron_adapt.data.record import record_path
@@ -33,51 +32,85 @@ def _plan(tokens: int = 2000, seed: int = 3) -> BlendPlan:
 
 def test_windows_are_slices_of_the_source_with_one_token_of_overlap(prefixes):
     windows = BlendedWindows(_plan(), prefixes)
-    ids_NT1, sources_N = windows.read_windows(0, len(windows))
+    ids_NT1, sources_N, _ = windows.read_windows(0, len(windows))
     assert ids_NT1.shape == (200, _T + 1)
     assert ids_NT1.dtype == np.int64
-    assert (np.diff(ids_NT1, axis=1) == 1).all()
-    first_N = ids_NT1[:, 0] - np.where(sources_N == 1, 500, 0)
-    assert (first_N % _T == 0).all()
-    assert (ids_NT1[:, 0] >= 500).tolist() == (sources_N == 1).tolist()
+    # Ids count up; a window that reaches the last token goes on at the first one.
+    size_N, first_N = np.where(sources_N == 1, 311, 205), np.where(sources_N == 1, 500, 0)
+    steps_NT = np.diff(ids_NT1, axis=1)
+    assert ((steps_NT == 1) | (steps_NT == 1 - size_N[:, None])).all()
+    assert ((ids_NT1 >= first_N[:, None]) & (ids_NT1 < (first_N + size_N)[:, None])).all()
 
 
 def test_token_totals_and_epochs_are_those_of_the_plan(prefixes):
     windows = BlendedWindows(_plan(), prefixes)
-    ids_NT1, sources_N = windows.read_windows(0, len(windows))
+    ids_NT1, sources_N, _ = windows.read_windows(0, len(windows))
     assert np.bincount(sources_N).tolist() == [150, 50]
-    ja = ids_NT1[sources_N == 0, 0]
+    targets_NT = ids_NT1[sources_N == 0, 1:]
+    assert sorted(targets_NT[:20].ravel()) == list(range(1, 201))
+    cuts = set()
     for epoch in range(7):  # 150 windows are 7.5 passes over 20
-        assert sorted(ja[epoch * 20 : epoch * 20 + 20]) == list(range(0, 200, _T))
+        read = np.sort(targets_NT[epoch * 20 : epoch * 20 + 20].ravel())
+        assert len(np.unique(read)) == 200  # each token once, but the tail of 5
+        cuts.add(targets_NT[epoch * 20, 0] % _T)
+    assert len(cuts) > 2
 
 
 @settings(max_examples=40, deadline=None)
-@given(cuts=st.lists(st.integers(0, 200), max_size=8), block=st.sampled_from([1, 7, 64, 1 << 14]))
-def test_any_way_of_reading_gives_the_same_run(prefixes, cuts, block):
-    whole, sources = BlendedWindows(_plan(), prefixes).read_windows(0, 200)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset, "_BLOCK", block)
-        windows = BlendedWindows(_plan(), prefixes)
-        for first, last in zip([0, *sorted(cuts)], [*sorted(cuts), 200], strict=True):
-            ids, found = windows.read_windows(first, last - first)
-            np.testing.assert_array_equal(ids, whole[first:last])
-            np.testing.assert_array_equal(found, sources[first:last])
+@given(cuts=st.lists(st.integers(0, 200), max_size=8))
+def test_any_way_of_reading_gives_the_same_run(prefixes, cuts):
+    whole, sources, _ = BlendedWindows(_plan(), prefixes).read_windows(0, 200)
+    windows = BlendedWindows(_plan(), prefixes)
+    for first, last in zip([0, *sorted(cuts)], [*sorted(cuts), 200], strict=True):
+        ids, found, _ = windows.read_windows(first, last - first)
+        np.testing.assert_array_equal(ids, whole[first:last])
+        np.testing.assert_array_equal(found, sources[first:last])
 
 
-@pytest.mark.parametrize("block", [1, 8, 50, 1 << 14])
-def test_windows_read_so_far_are_counted_at_every_place(prefixes, monkeypatch, block):
-    monkeypatch.setattr(dataset, "_BLOCK", block)
+def test_windows_read_so_far_are_counted_at_every_place(prefixes):
     windows = BlendedWindows(_plan(), prefixes)
     sources_N = windows.read_windows(0, 200)[1]
     for place in range(201):
         assert windows.count_before(place).tolist() == np.bincount(sources_N[:place], minlength=2).tolist()
 
 
-def test_longer_run_reads_the_same_windows_of_each_source_first(prefixes):
-    short, long = (BlendedWindows(_plan(tokens), prefixes).read_windows(0, tokens // _T) for tokens in (800, 4000))
-    for source in (0, 1):
-        first, second = (ids_NT1[sources_N == source] for ids_NT1, sources_N in (short, long))
-        np.testing.assert_array_equal(first, second[: len(first)])
+@pytest.mark.parametrize("shares", [{"ja": 0.75, "en": 0.25}, {"ja": 0.123457, "en": 0.876543}])
+def test_a_longer_run_begins_with_the_same_windows(shares, prefixes):
+    """From 0.9 epochs of the smaller source to 3.6: the whole order is the same, not only that of each source."""
+    available = {"ja": 205, "en": 311}
+
+    def read(tokens):
+        plan = make_plan(shares, tokens, available, seq_length=_T, global_batch_size=8, seed=3)
+        return BlendedWindows(plan, prefixes).read_windows(0, plan.num_windows)[:2]
+
+    (short, sources), (long, others) = read(240), read(960)
+    assert len(long) == 4 * len(short)
+    np.testing.assert_array_equal(long[: len(short)], short)
+    np.testing.assert_array_equal(others[: len(short)], sources)
+
+
+def test_a_run_resumed_at_fifty_random_steps_reads_the_same_batches(prefixes):
+    plan = _plan(tokens=80_000)
+    whole = BlendedWindows(plan, prefixes).read_windows(0, plan.num_windows)[0]
+    rng = np.random.default_rng(0)
+    reused = BlendedWindows(plan, prefixes)
+    for step in rng.integers(0, plan.num_steps, 50).tolist():
+        for windows in (BlendedWindows(plan, prefixes), reused):
+            np.testing.assert_array_equal(windows.read_windows(step * 8, 8)[0], whole[step * 8 : step * 8 + 8])
+
+
+def test_an_epoch_reads_each_document_once_but_the_counted_tail(prefixes):
+    """Over three epochs of one source: every token is a target three times, less the tails, which differ."""
+    plan = make_plan({"en": 1}, 31 * 3 * _T, {"en": 311}, seq_length=_T, global_batch_size=31, seed=5)
+    targets_NT = BlendedWindows(plan, prefixes).read_windows(0, 93)[0][:, 1:] - 500
+    tails = []
+    for epoch in range(3):
+        counts = np.bincount(targets_NT[epoch * 31 : (epoch + 1) * 31].ravel(), minlength=311)
+        assert counts.max() == 1
+        assert (counts == 0).sum() == 1
+        tails.append(int(np.flatnonzero(counts == 0)[0]))
+    assert tails[0] == 0
+    assert len(set(tails)) > 1
 
 
 def test_seed_and_data_change_the_order(prefixes, tmp_path):
@@ -88,12 +121,12 @@ def test_seed_and_data_change_the_order(prefixes, tmp_path):
     edited = {"ja": make_tokens(tmp_path / "edited", count_up(1, 205)), "en": prefixes["en"]}
     changed = BlendedWindows(_plan(), edited)
     assert (changed.read_windows(0, 200)[0] - first > 1).any()
-    assert changed.data_fingerprints["ja"] != BlendedWindows(_plan(), prefixes).data_fingerprints["ja"]
+    assert changed.sources.fingerprints["ja"] != BlendedWindows(_plan(), prefixes).sources.fingerprints["ja"]
 
 
 def test_places_outside_the_plan_are_refused(prefixes):
     windows = BlendedWindows(_plan(), prefixes)
-    with pytest.raises(ConfigError, match="windows 196 to 204 lie outside the plan of 200 windows"):
+    with pytest.raises(ConfigError, match="windows 196 to 204 lie outside the plan of windows 0 to 200"):
         windows.read_windows(196, 8)
 
 

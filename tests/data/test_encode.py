@@ -1,5 +1,6 @@
 import gzip
 import logging
+import lzma
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron_adapt import logs
 from megatron_adapt.corpus.documents import DocumentWriter
 from megatron_adapt.data.encode import preprocess_data
 from megatron_adapt.data.index import bin_path, read_tokens
+from megatron_adapt.data.prompts import prompts_path, read_prompts
 from megatron_adapt.data.record import read_record, record_path
 from megatron_adapt.data.windows import count_windows
 from megatron_adapt.errors import ConfigError, DataError
@@ -99,16 +101,53 @@ def test_workers_and_chunks_do_not_show(corpus, tokenizer, prefix, tmp_path, set
     assert read_record(tmp_path / "p") == read_record(prefix)
 
 
-@pytest.mark.parametrize("kind", ["plain", "gzip", "three files"])
+@pytest.mark.parametrize("kind", ["plain", "gzip", "xz", "parquet", "text files", "a folder"])
 def test_the_same_documents_give_the_same_output(tokenizer, prefix, tmp_path, kind):
-    paths = [write_lines(tmp_path / "c.jsonl", TEXTS)]
-    if kind == "gzip":
-        paths[0].write_bytes(gzip.compress(paths[0].read_bytes()))
-    elif kind == "three files":
+    path = tmp_path / "raw" / "c.jsonl"
+    path.parent.mkdir()
+    config = {"workers": 2, "partitions": 9}
+    paths = [path]
+    if kind == "parquet":
+        table = pytest.importorskip("pyarrow").Table.from_pylist([{"n": at, "text": t} for at, t in enumerate(TEXTS)])
+        pytest.importorskip("pyarrow.parquet").write_table(table, path, row_group_size=20)
+    elif kind == "text files":
+        config["plain_text"] = "file"
+        paths = [path.with_name(f"{at}.txt") for at in range(len(TEXTS))]
+        for file, text in zip(paths, TEXTS, strict=True):
+            file.write_text(text)
+    elif kind == "a folder":
         bounds = [0, 3, 4, len(TEXTS)]
-        paths = [write_lines(tmp_path / f"{a}", TEXTS[a:b]) for a, b in pairwise(bounds)]
-    preprocess_data(make_config(*paths, tokenizer=tokenizer, prefix=tmp_path / "p", workers=2, partitions=9))
+        paths = [path.parent]
+        for a, b in pairwise(bounds):
+            write_lines(path.with_name(f"{a}.jsonl"), TEXTS[a:b])
+    else:
+        data = write_lines(path, TEXTS).read_bytes()
+        path.write_bytes({"plain": bytes, "gzip": gzip.compress, "xz": lzma.compress}[kind](data))
+    preprocess_data(make_config(*paths, tokenizer=tokenizer, prefix=tmp_path / "p", **config))
     assert read_files(tmp_path / "p") == read_files(prefix)
+
+
+def test_paragraphs_of_a_text_are_documents(tokenizer, tmp_path):
+    (tmp_path / "c.txt").write_text("\n\n".join(f"{text}\nend" for text in TEXTS[5:]))
+    config = {"tokenizer": tokenizer, "plain_text": "paragraphs", "workers": 2}
+    preprocess_data(make_config(tmp_path / "c.txt", prefix=tmp_path / "p", partitions=30, **config))
+    lines = write_lines(tmp_path / "c.jsonl", [f"{text}\nend" for text in TEXTS[5:]])
+    preprocess_data(make_config(lines, prefix=tmp_path / "q", **config))
+    assert read_files(tmp_path / "p") == read_files(tmp_path / "q")
+
+
+def test_bad_rows_and_paragraphs_are_named_and_skipped_by_their_place(tokenizer, tmp_path):
+    (tmp_path / "c.txt").write_bytes(b"".join(b"good\n\n" if at != 70 else b"bad \xff\n\n" for at in range(100)))
+    config = {"tokenizer": tokenizer, "plain_text": "paragraphs", "partitions": 20}
+    with pytest.raises(DataError, match=r"c\.txt:141: no valid JSON .*, or use --on-error skip"):
+        preprocess_data(make_config(tmp_path / "c.txt", prefix=tmp_path / "p", **config))
+    preprocess_data(make_config(tmp_path / "c.txt", prefix=tmp_path / "p", on_error="skip", **config))
+    assert (tmp_path / "p.skipped.txt").read_text().startswith(f"{tmp_path}/c.txt:141: no valid JSON")
+    rows = [{"text": "good" if at != 70 else None} for at in range(100)]
+    table = pytest.importorskip("pyarrow").Table.from_pylist(rows)
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "c.parquet", row_group_size=8)
+    with pytest.raises(DataError, match=r"c\.parquet:71: 'text' is NoneType, not a string"):
+        preprocess_data(make_config(tmp_path / "c.parquet", prefix=tmp_path / "q", **config))
 
 
 def test_without_append_eod_no_token_is_added(corpus, tokenizer, tmp_path):
@@ -182,3 +221,45 @@ def test_progress_tells_speed_documents_tokens_and_time_left(tokenizer, tmp_path
     record = read_record(tmp_path / "p")
     assert last.endswith(f" MB/s of text, {record.documents:,} documents, {record.tokens:,} tokens")
     assert "s left" in last
+
+
+# ---------------------------------------------------------------- prompts
+
+
+REQUESTS = [("Translate: one", " eins"), ("", "no prompt at all"), ("Say it again: ", "again"), ("only a prompt", "")]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_prompts_stand_in_front_and_their_tokens_are_counted(tokenizer, tmp_path, workers):
+    path = tmp_path / "c.jsonl"
+    lines = [{"prompt": prompt, "text": text} if prompt else {"text": text} for prompt, text in REQUESTS * 50]
+    path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    make = make_config(path, tokenizer=tokenizer, prefix=tmp_path / "p", prompt_key="prompt", workers=workers)
+    preprocess_data(make)
+    file = read_tokens(tmp_path / "p")
+    loaded = read_tokenizer(tokenizer).tokenizer
+    starts, prompts_D = file.starts(), read_prompts(file)
+    assert len(prompts_D) == file.num_documents == len(lines)
+    for at, (prompt, text) in enumerate(REQUESTS):
+        ids = file.tokens_N[starts[at] : starts[at + 1]].tolist()
+        whole, alone = (loaded.encode(content).ids for content in (prompt + text, prompt))
+        assert ids[: len(whole)] == whole
+        count = int(prompts_D[at])
+        assert count <= len(alone)
+        assert whole[:count] == alone[:count]
+        assert count == 0 if not prompt else count == len(alone) or whole[count] != alone[count]
+    dataset = IndexedDataset(str(tmp_path / "p"))  # its arrays are unmapped with it
+    assert dataset[0].tolist() == file.tokens_N[: starts[1]].tolist()
+
+
+def test_without_prompts_there_is_no_file_and_an_old_one_goes(tokenizer, corpus, tmp_path):
+    prompts_path(tmp_path / "p").write_bytes(b"left over")
+    preprocess_data(make_config(corpus, tokenizer=tokenizer, prefix=tmp_path / "p", prompt_key="prompt"))
+    assert not prompts_path(tmp_path / "p").exists()
+
+
+def test_a_prompt_that_is_no_text_is_refused(tokenizer, tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(b'{"text": "x", "prompt": 3}\n')
+    with pytest.raises(DataError, match=r"c\.jsonl:1: .*prompt"):
+        preprocess_data(make_config(path, tokenizer=tokenizer, prefix=tmp_path / "p", prompt_key="prompt"))

@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_adapt.config import StageSettings
-from megatron_adapt.data.plan import make_plan, plan_stage, plan_stages
+from megatron_adapt.data.plan import make_plan
+from megatron_adapt.data.stage_plans import plan_stage, plan_stages
 from megatron_adapt.errors import ConfigError, DataError
 from megatron_adapt.run_folder import RunFolder
 from tests.data.recipes import make_recipe, make_sources, make_stage

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_adapt.data.plan import make_plan, plan_stages, read_plan
+from megatron_adapt.data.plan import make_plan, read_plan
 from megatron_adapt.data.plan_table import describe_plan, plot_plan, show_plans
+from megatron_adapt.data.stage_plans import plan_stages
 from megatron_adapt.files import write_json
 from megatron_adapt.run_folder import RunFolder
 from tests.data.recipes import make_recipe, make_sources, make_stage

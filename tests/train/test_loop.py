@@ -3,6 +3,7 @@
 Cheapest first within a topic; every spawn starts the engine anew (about 8 s) and checks several claims.
 """
 
+import json
 import shutil
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 
 from megatron_adapt.checkpoint.dist import DistReader
 from megatron_adapt.checkpoint.root import find_checkpoint
+from megatron_adapt.data.plan import read_plan
 from megatron_adapt.errors import CheckpointError, ConfigError, EngineError
 from megatron_adapt.logs import read_metrics
-from tests.helpers.runs import NUM_STEPS, make_run, train_stage
+from tests.helpers.runs import NUM_STEPS, TOKENS, make_run, train_stage
 from tests.helpers.spawn import run_ranks
 
 LAYOUTS = {
@@ -143,7 +145,7 @@ def test_finished_stage_is_not_trained_again(reference):
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
-        (["--train.stages.0.blend.en", "0.5", "--train.stages.0.blend.xx", "0.5"], "plan_hash"),
+        (["--train.blend-engine", "megatron"], "blend_engine"),
         (["--train.global-batch-size", "6", "--train.stages.0.tokens", "1152"], "global_batch_size"),
         (["--train.stages.0.trainable", "embeddings"], "trainable"),
         (["--train.bf16"], "bf16"),
@@ -155,6 +157,71 @@ def test_finished_stage_is_not_trained_again(reference):
 def test_what_decides_the_result_may_not_change_under_a_running_stage(started, flags, name):
     with pytest.raises(CheckpointError, match=rf"saved with {name} \w+, now it is \w+; restore the setting"):
         train_stage(started, "first", *flags)
+
+
+OTHER_BLEND = ["--train.stages.0.blend.en", "0.5", "--train.stages.0.blend.xx", "0.5"]
+
+
+def test_another_plan_is_refused_by_what_changed(started):
+    message = r"iter_0000003: the stage was trained on another plan than .* \(.* of xx .*\); restore them, or add --"
+    with pytest.raises(CheckpointError, match=message):
+        train_stage(started, "first", *OTHER_BLEND)
+    changed = ["--train.seq-length", "8"]
+    with pytest.raises(CheckpointError, match=r"\(seq_length 16, now 8\); restore them, or add --train.continue-blend"):
+        train_stage(started, "first", *changed)
+
+
+def test_a_checkpoint_says_where_it_stands_in_every_source(started):
+    folder = find_checkpoint(started.parent / "run" / "checkpoints" / "first")
+    stored = json.loads((folder / "training.json").read_text())
+    assert {name: cursor["read"] for name, cursor in stored["cursors"].items()} == {"en": 9, "xx": 27}
+    plan = read_plan(folder / "plan.json")
+    for at, cursor in enumerate(stored["cursors"].values()):
+        assert cursor["epoch"] * plan.available[at] + cursor["window"] == cursor["read"]
+
+
+def test_a_changed_blend_goes_on_behind_what_was_read_if_told_so(started, tmp_path):
+    """The rest of the stage reads by the new shares, and a third launch needs no second permission."""
+    recipe = copy_whole(started, tmp_path / "run")
+    again = [*OTHER_BLEND, "--train.stop-after-steps", "1"]
+    rows = train_stage(recipe, "first", *again, "--train.continue-blend")
+    assert rows[-1]["step"] == 4
+    assert rows[-1]["tokens"] == {"en": (9 + 6) * 16, "xx": (27 + 6) * 16}
+    folder = find_checkpoint(recipe.parent / "run" / "checkpoints" / "first")
+    plan = read_plan(folder / "plan.json")
+    assert (plan.begin, plan.before) == (36, (9, 27))
+    rows = train_stage(recipe, "first", *OTHER_BLEND)
+    assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1))
+    assert rows[-1]["tokens"] == {"en": (9 + 18) * 16, "xx": (27 + 18) * 16}
+
+
+def test_a_longer_stage_reads_on_as_if_it_had_always_been_so_long(started, tmp_path):
+    recipe = copy_whole(started, tmp_path / "run")
+    longer = ["--train.stages.0.tokens", str(2 * TOKENS), "--train.continue-blend"]
+    rows = train_stage(recipe, "first", *longer, "--train.stop-after-steps", "2")
+    assert rows[-1]["step"] == 5
+    assert read_plan(recipe.parent / "run" / "checkpoints" / "first" / "plan.json").before == (0, 0)
+    assert rows[-1]["tokens"] == {"en": 15 * 16, "xx": 45 * 16}
+
+
+def copy_whole(recipe, folder):
+    """Copy a run with its checkpoints."""
+    shutil.copytree(recipe.parent, folder)
+    copied = folder / "recipe.toml"
+    copied.write_text(copied.read_text().replace(str(recipe.parent), str(folder)))
+    return copied
+
+
+def test_megatron_orders_the_windows_by_itself_and_is_resumed_exactly(tmp_path):
+    straight = make_run(tmp_path / "straight")
+    resumed = copy_run(straight, tmp_path / "resumed")
+    flags = ["--train.blend-engine", "megatron"]
+    expected = run_ranks(train_stage, 2, straight, "first", *flags)[0]
+    run_ranks(train_stage, 2, resumed, "first", *flags, "--train.stop-after-steps", "3")
+    rows = run_ranks(train_stage, 1, resumed, "first", *flags)[0]
+    assert get_curve(rows) == pytest.approx(get_curve(expected), rel=1e-5)
+    assert rows[-1]["tokens"] == expected[-1]["tokens"]
+    assert list((tmp_path / "straight" / "run" / "checkpoints" / "first" / "megatron_index").iterdir())
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_adapt.checkpoint.root import Description
+from megatron_adapt.data.plan import BlendPosition, make_plan
 from megatron_adapt.engine import adam, reshard
 from megatron_adapt.engine.llama import build_model
 from megatron_adapt.engine.parallel import Layout, start_engine
@@ -25,6 +26,8 @@ SHAPE = LlamaShape(
 DESCRIPTION = Description(
     shape=SHAPE, true_vocab_size=90, padded_vocab_size=90, tokenizer_fingerprint="x", step=2, dtype="float32"
 )
+PLAN = make_plan({"en": 1.0}, 64, {"en": 999}, seq_length=8, global_batch_size=4, seed=1)
+POSITION = BlendPosition(PLAN, (8,))
 
 
 def build_bucketed(seed):
@@ -64,7 +67,7 @@ def largest_difference_after_resume(folder, *, mended):
         assert sum(padding > 0 for padding in padded[:-1]) > 0, "no bucket before the last is padded: proves nothing"
         for step in (1, 2):
             step_with_known_gradients(straight, step)
-        save_state(Path(folder), straight, DESCRIPTION, {})
+        save_state(Path(folder), straight, DESCRIPTION, {}, POSITION)
         resumed = build_bucketed(seed=6)
         assert load_state(Path(folder), resumed, {}) == 2
         for trainer in (straight, resumed):
