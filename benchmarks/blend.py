@@ -35,8 +35,8 @@ from numpy.typing import NDArray
 
 from megatron_adapt.data.blend import interleave, interleave_twin, rank_windows, whole_weights
 from megatron_adapt.data.dataset import BlendedWindows
-from megatron_adapt.data.index import read_tokens
 from megatron_adapt.data.plan import make_plan
+from megatron_adapt.data.record import read_record
 from megatron_adapt.errors import EngineError
 from megatron_adapt.flags import run_tool
 
@@ -124,7 +124,7 @@ def start_ours(prefixes: dict[str, Path], counts: list[int], folder: Path) -> St
     plan = make_plan(
         {name: Fraction(count) for name, count in zip(prefixes, counts, strict=True)},
         sum(counts) * SEQ_LENGTH,
-        {name: read_tokens(prefix).num_tokens for name, prefix in prefixes.items()},
+        {name: read_record(prefix).tokens for name, prefix in prefixes.items()},
         seq_length=SEQ_LENGTH,
         global_batch_size=BATCH,
         seed=SEED,

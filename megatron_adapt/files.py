@@ -124,11 +124,11 @@ def to_plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def fingerprint(path: Path, sample_bytes: int = _SAMPLE_BYTES) -> str:
-    """Return a hash of a file's size and up to 64 evenly spaced samples of it, or of a folder's files.
+def fingerprint(path: Path, num_samples: int = _NUM_SAMPLES, sample_bytes: int = _SAMPLE_BYTES) -> str:
+    """Return a hash of a file's size and of evenly spaced samples of it, or of a folder's files.
 
-    Bounded work for files of any size; an edit that keeps the size and misses every sample is not seen. Files up to a
-    MiB are hashed whole. A folder that holds a ``stage.json`` is known by that record alone.
+    Bounded work for files of any size; an edit that keeps the size and misses every sample is not seen.
+    A folder that holds a ``stage.json`` is known by that record alone.
     """
     digest = hashlib.blake2b(digest_size=16)
     if path.is_dir():
@@ -139,8 +139,7 @@ def fingerprint(path: Path, sample_bytes: int = _SAMPLE_BYTES) -> str:
         return digest.hexdigest()
     size = path.stat().st_size
     digest.update(str(size).encode())
-    sample_bytes = _SAMPLE_BYTES if size <= _SAMPLE_BYTES else sample_bytes
-    stride = max(sample_bytes, size // _NUM_SAMPLES)
+    stride = max(sample_bytes, size // num_samples)
     with path.open("rb") as file:
         for start in range(0, size, stride):
             file.seek(start)

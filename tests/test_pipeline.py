@@ -162,7 +162,7 @@ def test_pairs_become_tokens_with_prompts(tmp_path):
     config = find_prefixes(plan_adaptation(recipe, run, recipe.base_model))[prefix]
     preprocess_data(replace(config, tokenizer=recipe.base_model))
     file = read_tokens(prefix)
-    count = read_prompts(file)[0]
+    count = read_prompts(file.prefix, file.num_documents)[0]
     tokenizer = read_tokenizer(recipe.base_model).tokenizer
     ids = file.tokens_N[: file.starts()[1]].tolist()
     assert tokenizer.decode(ids[:count]).strip().startswith("Translate into")

@@ -26,18 +26,18 @@ def prompts_path(prefix: Path) -> Path:
     return prefix.with_name(f"{prefix.name}.prompts")
 
 
-def read_prompts(file: TokensFile) -> NDArray[np.int32] | None:
+def read_prompts(prefix: Path, num_documents: int) -> NDArray[np.int32] | None:
     """Map the prompt tokens of every document, ``[D]``; None where no document has a prompt.
 
     Raises:
         DataError: the file belongs to other tokens.
     """
-    path = prompts_path(file.prefix)
+    path = prompts_path(prefix)
     if not path.is_file():
         return None
-    if path.stat().st_size != _COUNT.itemsize * file.num_documents:
+    if path.stat().st_size != _COUNT.itemsize * num_documents:
         raise DataError(
-            f"{path}: {path.stat().st_size // _COUNT.itemsize} prompts for {file.num_documents} documents; the files "
+            f"{path}: {path.stat().st_size // _COUNT.itemsize} prompts for {num_documents} documents; the files "
             "do not belong together: tokenise the corpus again with tools/preprocess_data.py"
         )
     prompts_D: NDArray[np.int32] = np.memmap(path, _COUNT, "r").view(np.ndarray)
@@ -46,7 +46,7 @@ def read_prompts(file: TokensFile) -> NDArray[np.int32] | None:
 
 def join_prompts(files: Sequence[TokensFile], output: Path) -> None:
     """Write the prompts of documents behind one another under a new prefix; none where no file has any."""
-    prompts = [read_prompts(file) for file in files]
+    prompts = [read_prompts(file.prefix, file.num_documents) for file in files]
     prompts_path(output).unlink(missing_ok=True)
     if all(prompts_D is None for prompts_D in prompts):
         return

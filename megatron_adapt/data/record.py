@@ -10,8 +10,8 @@ from megatron_adapt.data.prompts import prompts_path
 from megatron_adapt.errors import DataError
 from megatron_adapt.files import STAGE_FILE, fingerprint, read_json
 
-_SAMPLE_BYTES = 1 << 12
-"Small, for blends of thousands of sources; a file that was written anew differs everywhere."
+_NUM_SAMPLES, _SAMPLE_BYTES = 16, 1 << 12
+"Few and small, for blends of thousands of sources; a file that was written anew differs everywhere."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,6 @@ def read_appended_eod(prefix: Path) -> int | None:
 
 
 def data_fingerprint(prefix: Path) -> str:
-    """Return a hash of the files' contents (64 samples in files over a MiB); it does not depend on their place."""
+    """Return a hash of the files' contents (16 samples of 4 KiB each); it does not depend on their place."""
     paths = [idx_path(prefix), bin_path(prefix), prompts_path(prefix)]
-    return "-".join(fingerprint(path, _SAMPLE_BYTES) for path in paths if path.exists())
+    return "-".join(fingerprint(path, _NUM_SAMPLES, _SAMPLE_BYTES) for path in paths if path.exists())

@@ -73,7 +73,7 @@ def open_sources(plan: BlendPlan, prefixes: Mapping[str, Path]) -> Sources:
         prompts={
             source: (file.starts(), prompts_D)
             for source, file in files.items()
-            if (prompts_D := read_prompts(file)) is not None
+            if (prompts_D := read_prompts(file.prefix, file.num_documents)) is not None
         },
         tokenizer_fingerprint=check_tokenizers({prefixes[source]: record for source, record in records.items()}),
     )

@@ -15,15 +15,16 @@ up; what a running or finished stage was trained on is never silently another pl
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 
 from megatron_adapt.config import TrainSettings
 from megatron_adapt.data.align import cut_documents
-from megatron_adapt.data.index import TokensFile, read_tokens
+from megatron_adapt.data.index import read_tokens
 from megatron_adapt.data.plan import BlendPlan, describe_change, make_plan, read_plan
 from megatron_adapt.data.prompts import read_prompts
-from megatron_adapt.data.record import read_record
+from megatron_adapt.data.record import read_appended_eod, read_record
 from megatron_adapt.data.shares import nest_shares
 from megatron_adapt.errors import CheckpointError, ConfigError, DataError
 from megatron_adapt.recipe import Recipe
@@ -159,11 +160,12 @@ def _plan(recipe: Recipe, place: StagePlace, first: Mapping[str, int], before: M
     """Plan a stage; ``before`` is what it has read itself, ``first`` what the others have."""
     stage, train = place.settings, recipe.train
     prefixes = {source: place.run.tokens(source, "train") for source in recipe.list_stage_sources(stage)}
-    files = {source: read_tokens(prefix) for source, prefix in prefixes.items()}
-    tokens = {source: file.num_tokens for source, file in files.items()}
+    # Records, not the files: those are opened, and compared with the plan, when it is read.
+    tokens = {source: read_record(prefix).tokens for source, prefix in prefixes.items()}
     aligned = None
     if train.align_documents:
-        aligned = {source: len(cut_documents(file.starts(), train.seq_length)) - 1 for source, file in files.items()}
+        starts = {source: read_tokens(prefix).starts() for source, prefix in prefixes.items()}
+        aligned = {source: len(cut_documents(starts_D1, train.seq_length)) - 1 for source, starts_D1 in starts.items()}
     try:
         return make_plan(
             nest_shares(stage, tokens),
@@ -173,27 +175,30 @@ def _plan(recipe: Recipe, place: StagePlace, first: Mapping[str, int], before: M
             global_batch_size=train.global_batch_size,
             # A stage that does not continue needs an order of its own, or it begins with the windows of the others.
             seed=train.seed + (0 if stage.continue_blend else place.number),
-            first={source: first.get(source, 0) + before.get(source, 0) for source in files},
-            before={source: before.get(source, 0) for source in files},
+            first={source: first.get(source, 0) + before.get(source, 0) for source in prefixes},
+            before={source: before.get(source, 0) for source in prefixes},
             max_epochs=stage.max_epochs,
             shortfall=stage.shortfall,
-            masked={source: _count_masked(file, (aligned or {}).get(source), train) for source, file in files.items()},
+            masked={
+                source: _count_masked(prefix, (aligned or {}).get(source), train) for source, prefix in prefixes.items()
+            },
             aligned=aligned,
         )
     except (ConfigError, DataError) as error:
         raise type(error)(f"train.stages {stage.name}: {error}") from None
 
 
-def _count_masked(file: TokensFile, num_windows: int | None, train: TrainSettings) -> Fraction:
+def _count_masked(prefix: Path, num_windows: int | None, train: TrainSettings) -> Fraction:
     """Return the part of a source's targets that bear no loss.
 
     These are prompts, what the end of a document predicts, and what ``num_windows`` aligned windows read twice.
     """
-    prompts_D = read_prompts(file)
+    record = read_record(prefix)
+    prompts_D = read_prompts(prefix, record.documents)
     masked = 0 if prompts_D is None else int(prompts_D.sum(dtype=np.int64))
-    if train.eod_mask_loss and int(file.tokens_N[-1]) == read_record(file.prefix).eod_id:
+    if train.eod_mask_loss and read_appended_eod(prefix) is not None:
         # The first token of a prompt is masked already.
-        masked += file.num_documents if prompts_D is None else int((prompts_D == 0).sum())
+        masked += record.documents if prompts_D is None else int((prompts_D == 0).sum())
     if num_windows is None:
-        return Fraction(masked, file.num_tokens)
-    return 1 - Fraction(file.num_tokens - 1 - masked, num_windows * train.seq_length)
+        return Fraction(masked, record.tokens)
+    return 1 - Fraction(record.tokens - 1 - masked, num_windows * train.seq_length)

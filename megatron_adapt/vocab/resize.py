@@ -10,7 +10,7 @@ and so are all other tensors; input matrix and output head are filled separately
 3. ``_write_weights`` copies all tensors block by block, the rows of the vocabulary matrices by id (``_copy_rows``);
 4. ``_fill_matrix`` writes the new rows (``fill``). Spare rows beyond the old tokenizer are dropped.
 
-Cost: time of one copy plus one read of the old rows used; memory of one 64 MiB block and one chunk of new rows.
+Cost: time of one copy plus one read of the old rows used; memory of one 4 MiB block and one chunk of new rows.
 """
 
 import logging

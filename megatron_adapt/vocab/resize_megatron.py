@@ -10,7 +10,7 @@ matrix.
    master is there are filled from the master, so that the two say the same.
 3. New rows and padding of a moment are zero, as for a parameter that was never updated.
 
-Cost: one copy of the checkpoint; memory of one 64 MiB block and one chunk of new rows.
+Cost: one copy of the checkpoint; memory of one 4 MiB block and one chunk of new rows.
 """
 
 import dataclasses

@@ -238,7 +238,7 @@ def test_prompts_stand_in_front_and_their_tokens_are_counted(tokenizer, tmp_path
     preprocess_data(make)
     file = read_tokens(tmp_path / "p")
     loaded = read_tokenizer(tokenizer).tokenizer
-    starts, prompts_D = file.starts(), read_prompts(file)
+    starts, prompts_D = file.starts(), read_prompts(file.prefix, file.num_documents)
     assert len(prompts_D) == file.num_documents == len(lines)
     for at, (prompt, text) in enumerate(REQUESTS):
         ids = file.tokens_N[starts[at] : starts[at + 1]].tolist()

@@ -166,7 +166,7 @@ def test_epochs_of_earlier_stages_count(tmp_path):
 
 
 def test_recipe_without_tokens_or_stages_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"ja/wiki-train\.idx: no such file"):
+    with pytest.raises(DataError, match=r"ja/wiki-train\.stage\.json: no such file"):
         plan_stages(make_recipe(tmp_path, make_stage()))
     with pytest.raises(ConfigError, match=r"train\.stages: the recipe has none"):
         plan_stages(make_recipe(tmp_path))

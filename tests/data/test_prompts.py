@@ -67,7 +67,7 @@ def test_every_window_of_a_run_knows_its_prompts(prefixes):
 def test_tokens_without_prompts_all_bear_loss(prefixes):
     prompts_path(prefixes["ja"]).unlink()
     assert make_blend(prefixes).read_windows(0, 100).loss_NT.all()
-    assert read_prompts(read_tokens(prefixes["ja"])) is None
+    assert read_prompts(prefixes["ja"], 30) is None
 
 
 def test_other_prompts_are_other_data(prefixes):
@@ -90,7 +90,9 @@ def test_megatron_core_cannot_leave_prompts_out_and_says_so(prefixes, tmp_path):
 @pytest.mark.parametrize(("eod_mask_loss", "masked"), [(False, 30), (True, 30 + 20)])
 def test_the_plan_counts_the_targets_that_bear_loss(eod_mask_loss, masked, tmp_path):
     documents = [[*range(1, 10), 0]] * 30  # nine tokens and the end of the document
-    prefix = make_tokens(RunFolder(tmp_path).tokens("en", "train"), [np.array(ids) for ids in documents])
+    prefix = make_tokens(
+        RunFolder(tmp_path).tokens("en", "train"), [np.array(ids) for ids in documents], append_eod=True
+    )
     write_prompts(prefix, [3 * (at % 3 == 0) for at in range(30)])
     recipe = make_recipe(tmp_path, make_stage(blend={"en": 1.0}, tokens=290), train={"eod_mask_loss": eod_mask_loss})
     plan = plan_stage(recipe, "full")

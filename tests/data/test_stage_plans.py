@@ -118,7 +118,7 @@ def chain_dir(tmp_path_factory):
 def test_plan_knows_how_many_ends_of_documents_the_loss_leaves_out(tmp_path):
     documents = [[*range(1, 10), 0]] * 50  # nine tokens and the end of the document, id 0
     folder = RunFolder(tmp_path)
-    make_tokens(folder.tokens("ja/wiki", "train"), documents)
+    make_tokens(folder.tokens("ja/wiki", "train"), documents, append_eod=True)
     make_tokens(folder.tokens("ja/web", "train"), count_up(1, 500))  # no ends
     recipe = make_recipe(tmp_path, make_stage(blend={"ja": 1.0}, tokens=1960), train={"eod_mask_loss": True})
     plan = plan_stage(recipe, "full")

@@ -10,7 +10,14 @@ from megatron_adapt.data.record import TokensRecord, record_path
 from megatron_adapt.files import write_json
 
 
-def make_tokens(prefix: Path, documents: list[np.ndarray], *, vocab_size: int = 1000, tokenizer: str = "one") -> Path:
+def make_tokens(
+    prefix: Path,
+    documents: list[np.ndarray],
+    *,
+    vocab_size: int = 1000,
+    tokenizer: str = "one",
+    append_eod: bool = False,
+) -> Path:
     lengths = np.array([len(document) for document in documents], np.int32)
     ids = np.concatenate([*documents, np.empty(0, np.int64)])
     with write_tokens(prefix, vocab_size) as writer:
@@ -19,7 +26,8 @@ def make_tokens(prefix: Path, documents: list[np.ndarray], *, vocab_size: int = 
         documents=len(documents), skipped_documents=0, tokens=len(ids), bytes=3 * len(ids),
         tokenizer_fingerprint=tokenizer, vocab_size=vocab_size, eod_id=0,
     )  # fmt: skip
-    write_json(record_path(prefix), {"counts": asdict(record)})
+    asked = {"settings": {"append_eod": append_eod}}
+    write_json(record_path(prefix), {"config": asked, "counts": asdict(record)})
     return prefix
 
 
