@@ -83,13 +83,14 @@ def _show_bar(what: str, total: float | None, unit: str) -> Iterator[Advance]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     count = TextColumn("{task.completed:,.0f} {task.fields[unit]}")
-    note_column = TextColumn("{task.fields[note]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn(), note_column)
+    note_column, speed = TextColumn("{task.fields[note]}"), TextColumn("{task.fields[speed]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), count, speed, TimeRemainingColumn(), note_column)
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=total, unit=unit, note="")
+        task = progress.add_task(what, total=total, unit=unit, note="", speed="")
 
         def advance_bar(amount: float = 1, note: str = "") -> None:
-            progress.update(task, advance=amount, note=note)
+            speed = progress.tasks[task].speed
+            progress.update(task, advance=amount, note=note, speed=f"{speed:,.1f} {unit}/s" if speed else "")
 
         yield advance_bar
 

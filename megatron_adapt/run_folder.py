@@ -16,6 +16,8 @@ from megatron_adapt.recipe import Recipe
 
 PLAN_FILE = "plan.json"
 "Plan of the blend, beside the checkpoints of a stage and in each of them."
+TRAINING_FILE = "training.json"
+"In a checkpoint: what the run reads, and where it stands in each source."
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
+import io
 import logging
+import sys
+import time
 
 import pytest
 
@@ -50,6 +53,23 @@ def test_progress_of_unknown_length_claims_no_end(monkeypatch, capsys):
     line = capsys.readouterr().err
     assert " reading: 1 files, " in line
     assert "left" not in line
+
+
+def test_progress_on_a_terminal_is_a_bar_with_speed_and_note(monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.delenv("RANK", raising=False)
+    with show_progress("reading", 100, "MB") as advance:
+        for _ in range(12):
+            advance(5, "12 documents")
+            time.sleep(0.06)
+    text = shown.getvalue()
+    assert "60 MB" in text
+    assert "MB/s" in text
+    assert "12 documents" in text
 
 
 def test_metrics_are_appended_and_read_back(tmp_path):

@@ -105,14 +105,17 @@ class BlendPosition:
     plan: BlendPlan
     read: tuple[int, ...]
     "Windows of each source that the stage has read."
+    fingerprints: Mapping[str, str]
+    "Hash of each source's data."
 
-    def describe(self) -> dict[str, dict[str, int]]:
-        """Return the cursor of each source: epochs behind it, windows read of this one, and those of this stage."""
-        cursors = {}
+    def describe(self) -> dict[str, dict[str, int | str]]:
+        """Return the cursor of each source: epochs behind it, windows of this one, those of this stage, its data."""
+        cursors: dict[str, dict[str, int | str]] = {}
         for at, source in enumerate(self.plan.sources):
             ordinal = self.plan.first[at] - self.plan.before[at] + self.read[at]
             epoch, window = divmod(ordinal, self.plan.available[at])
-            cursors[source] = {"epoch": epoch, "window": window, "read": self.read[at]}
+            data = self.fingerprints[source]
+            cursors[source] = {"epoch": epoch, "window": window, "read": self.read[at], "data": data}
         return cursors
 
 

@@ -4,7 +4,7 @@ Reads: the recipe, the description of the checkpoint to start from, token files.
 reported in seconds, not after the model was built on every rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from megatron_adapt.checkpoint.root import HF_FOLDER, LATEST_FILE, Description, find_checkpoint, read_description
 from megatron_adapt.config import TrainSettings
 from megatron_adapt.data.dataset import BlendedWindows, ValidationWindows
+from megatron_adapt.data.index import bin_path
 from megatron_adapt.data.megatron_blend import MegatronWindows
 from megatron_adapt.data.plan import BlendPlan, read_plan
 from megatron_adapt.data.record import TokensRecord, record_path
 from megatron_adapt.data.stage_plans import carry_over, check_same, plan_stage
 from megatron_adapt.errors import CheckpointError
-from megatron_adapt.files import STAGE_FILE
+from megatron_adapt.files import STAGE_FILE, read_json
 from megatron_adapt.recipe import Recipe
-from megatron_adapt.run_folder import PLAN_FILE, StagePlace, describe_training, find_stage
+from megatron_adapt.run_folder import PLAN_FILE, TRAINING_FILE, StagePlace, describe_training, find_stage
 from megatron_adapt.shape import check_layout
 from megatron_adapt.tokenizer.pieces import piece_bytes, read_tokenizer
 from megatron_adapt.train.documents import find_eod
@@ -77,9 +78,8 @@ class StageInputs:
 
     @property
     def training(self) -> dict[str, Any]:
-        """What must not change while the stage runs."""
+        """What must not change while the stage runs; the data and the plan are compared before (``open_inputs``)."""
         return {
-            "data_fingerprints": self.blend.sources.fingerprints,
             "tokenizer_fingerprint": self.blend.sources.tokenizer_fingerprint,
             "blend_engine": self.settings.blend_engine,
             "global_batch_size": self.settings.global_batch_size,
@@ -114,6 +114,7 @@ def open_inputs(recipe: Recipe, stage_name: str) -> StageInputs:
     )
     plan = _plan(recipe, place)
     blend = _open_blend(settings, place, plan)
+    _check_data(place, blend.sources.fingerprints)
     for source, record in blend.sources.records.items():
         _check_tokenizer(place.run.tokens(source, "train"), record, place.initial, description)
     valid = {}
@@ -153,6 +154,20 @@ def _plan(recipe: Recipe, place: StagePlace) -> BlendPlan:
     remedy = f"add --train.continue-blend to go on behind what was read, or remove {root} to start again"
     check_same(trained, plan, str(folder), remedy)
     return plan
+
+
+def _check_data(place: StagePlace, fingerprints: Mapping[str, str]) -> None:
+    """Refuse sources that the last checkpoint of a running stage knows with other data."""
+    root = place.run.checkpoints(place.settings.name)
+    if not (root / LATEST_FILE).is_file():
+        return
+    folder = find_checkpoint(root)
+    for source, cursor in read_json(folder / TRAINING_FILE)["cursors"].items():
+        if source in fingerprints and fingerprints[source] != cursor["data"]:
+            raise CheckpointError(
+                f"{bin_path(place.run.tokens(source, 'train'))}: not the data that {folder} was trained on; restore "
+                f"the files, or remove {root} to start again"
+            )
 
 
 def _open_blend(settings: TrainSettings, place: StagePlace, plan: BlendPlan) -> BlendedWindows | MegatronWindows:

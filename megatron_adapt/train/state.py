@@ -37,10 +37,9 @@ from megatron_adapt.checkpoint.weights import weights_state_dict
 from megatron_adapt.data.plan import BlendPosition, write_plan
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.files import read_json, to_plain, write_json
-from megatron_adapt.run_folder import PLAN_FILE
+from megatron_adapt.run_folder import PLAN_FILE, TRAINING_FILE
 from megatron_adapt.train.optimizer import Trainer
 
-TRAINING_FILE = "training.json"
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 "Settings in the optimizer's groups: those of the recipe hold, not those of the checkpoint."
 _logger = logging.getLogger(__name__)

@@ -119,9 +119,9 @@ def test_what_a_stage_read_itself_counts_towards_its_length():
 
 def test_a_position_names_epoch_and_window_of_each_source():
     plan = make_plan({"ja": 0.9, "en": 0.1}, 1000, _AVAILABLE, **_SIZES, first={"ja": 20})
-    assert BlendPosition(plan, (90, 10)).describe() == {
-        "ja": {"epoch": 2, "window": 10, "read": 90},
-        "en": {"epoch": 0, "window": 10, "read": 10},
+    assert BlendPosition(plan, (90, 10), {"ja": "a", "en": "b"}).describe() == {
+        "ja": {"epoch": 2, "window": 10, "read": 90, "data": "a"},
+        "en": {"epoch": 0, "window": 10, "read": 10, "data": "b"},
     }
 
 

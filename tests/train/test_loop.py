@@ -159,6 +159,16 @@ def test_what_decides_the_result_may_not_change_under_a_running_stage(started, f
         train_stage(started, "first", *flags)
 
 
+def test_data_that_changed_under_a_running_stage_are_refused_by_name(started, tmp_path):
+    recipe = copy_whole(started, tmp_path / "run")
+    path = recipe.parent / "run" / "tokens" / "xx-train.bin"
+    content = bytearray(path.read_bytes())
+    content[10:12] = content[12:14]
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"xx-train\.bin: not the data that .*iter_0000003 was trained on"):
+        train_stage(recipe, "first")
+
+
 OTHER_BLEND = ["--train.stages.0.blend.en", "0.5", "--train.stages.0.blend.xx", "0.5"]
 
 

@@ -27,7 +27,7 @@ DESCRIPTION = Description(
     shape=SHAPE, true_vocab_size=90, padded_vocab_size=90, tokenizer_fingerprint="x", step=2, dtype="float32"
 )
 PLAN = make_plan({"en": 1.0}, 64, {"en": 999}, seq_length=8, global_batch_size=4, seed=1)
-POSITION = BlendPosition(PLAN, (8,))
+POSITION = BlendPosition(PLAN, (8,), {"en": "data"})
 
 
 def build_bucketed(seed):

@@ -13,7 +13,7 @@ from megatron_adapt.engine.llama import build_model
 from megatron_adapt.engine.parallel import Layout, start_engine
 from megatron_adapt.train.documents import mask_eod
 from megatron_adapt.train.optimizer import build_trainer
-from megatron_adapt.train.step import measure_bits_per_byte, train_step
+from megatron_adapt.train.step import _take_data_parallel_part, measure_bits_per_byte, train_step
 from tests.helpers.runs import make_run
 from tests.helpers.spawn import run_ranks
 
@@ -131,3 +131,17 @@ def test_documents_and_masks_give_the_same_numbers_under_every_layout(weights):
     for found in run_ranks(_run_layouts, 2, weights):
         for layout, numbers in zip(LAYOUTS, found, strict=True):
             assert numbers == pytest.approx(alone, rel=1e-5), layout
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_take_the_same_global_batch_apart_in_the_same_order(size, monkeypatch):
+    """The m-th micro-batches of all ranks, by rank, are the next windows of the batch, whatever the number of ranks."""
+    windows = np.arange(16 * 3).reshape(16, 3)
+    parts = []
+    for rank in range(size):
+        monkeypatch.setattr(parallel_state, "get_data_parallel_world_size", lambda: size)
+        monkeypatch.setattr(parallel_state, "get_data_parallel_rank", lambda rank=rank: rank)
+        parts.append(_take_data_parallel_part(windows, 2))
+    assert {part.shape for part in parts} == {(16 // size // 2, 2, 3)}
+    together = np.concatenate([part[turn] for turn in range(16 // size // 2) for part in parts])
+    np.testing.assert_array_equal(together, windows)
