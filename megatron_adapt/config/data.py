@@ -25,6 +25,8 @@ class DataSettings:
     prompt_key: str = ""
     """Key of a text that is put in front of the others and bears no loss in training, such as 'prompt'; PREFIX.prompts
     says how many tokens it is."""
+    shuffle_seed: int | None = None
+    "Write the documents in a random order that this number decides; otherwise in the order of the input."
     partitions: int = 0
     "Cut the input into at least this many chunks, the units of work and of restart; 0: as many as the workers need."
 

@@ -13,7 +13,7 @@ Method:
 2. A row of the manifest (manifest.py) says that the parts of a chunk are written; ``Joiner`` (shards.py) appends them.
    Chunks that have a row when the run starts are only compared with their hash.
 3. ``choose_backend`` (backend.py) decides on gigatoken; a text of every chunk is compared with what tokenizers gives.
-4. ``publish`` moves the joined files to their places.
+4. ``publish`` moves the joined files to their places, their documents shuffled where that was asked for.
 
 Costs: the parent appends ready files, at the speed of the disk; a compressed file is decompressed by the parent alone,
 at about 500 MB/s (zstd) or 250 MB/s (gzip). Memory: per worker the tokenizer, its caches and a chunk of 16 MiB at most.
@@ -183,11 +183,12 @@ def _make_header(config: PreprocessData, job: Job) -> dict[str, Any]:
     if config.settings.partitions:
         smallest, num_chunks = 1, config.settings.partitions
     return {
-        "format": 2,
+        "format": 3,
         "tokenizer": _hash_text(job.tokenizer_json),
         "eod_id": job.eod_id,
         "json_keys": list(job.json_keys),
         "prompt_key": job.prompt_key,
+        "shuffle_seed": config.settings.shuffle_seed,
         "plain_text": config.plain_text,
         "backend": job.backend,
         "chunk_bytes": min(max(total // num_chunks, smallest), _MAX_CHUNK_BYTES),

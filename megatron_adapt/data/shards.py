@@ -25,6 +25,7 @@ from megatron_adapt.data.index import bin_path, idx_path, write_index
 from megatron_adapt.data.manifest import ChunkRow, Manifest, PartCounts
 from megatron_adapt.data.prompts import prompts_path
 from megatron_adapt.data.record import record_path
+from megatron_adapt.data.shuffle import shuffle_documents
 from megatron_adapt.errors import DataError
 
 _SYNC_BYTES = 256 << 20
@@ -171,6 +172,14 @@ def _index_file(folder: Path, key_at: int) -> Path:
     return folder / f"joined.{key_at}.idx"
 
 
+def _shuffled_ids(folder: Path, key_at: int) -> Path:
+    return folder / f"shuffled.{key_at}.bin"
+
+
+def _shuffled_table(folder: Path, key_at: int) -> Path:
+    return folder / f"shuffled.{key_at}.table"
+
+
 def _prompts_file(folder: Path, key_at: int) -> Path:
     return folder / f"joined.{key_at}.prompts"
 
@@ -232,15 +241,27 @@ def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
 
 
 def publish(manifest: Manifest, prefixes: Sequence[Path], dtype: np.dtype[Any]) -> None:
-    """Move the joined, synced files of a run to their places, ``.idx`` last.
+    """Move the joined, synced files of a run to their places, ``.idx`` last; shuffled first if the run asks for it.
 
     May be repeated after it was interrupted. Files of the same name are replaced; between the two renames no ``.idx``
     exists.
     """
-    folder = manifest.folder
+    folder, seed = manifest.folder, manifest.header["shuffle_seed"]
+    find_ids, find_table = (ids_file, table_file) if seed is None else (_shuffled_ids, _shuffled_table)
     if not manifest.is_finished:
         for at in range(len(prefixes)):
-            table_D = np.memmap(table_file(folder, at), _DOCUMENT, "r")
+            if seed is not None:
+                shuffle_documents(
+                    ids_file(folder, at),
+                    table_file(folder, at),
+                    find_ids(folder, at),
+                    find_table(folder, at),
+                    dtype=dtype,
+                    row=_DOCUMENT,
+                    seed=seed,
+                )
+                _sync(find_ids(folder, at))
+            table_D = np.memmap(find_table(folder, at), _DOCUMENT, "r")
             write_index(_index_file(folder, at), table_D["tokens"], dtype)
             _sync(_index_file(folder, at))
             if table_D["prompt"].any():
@@ -248,11 +269,11 @@ def publish(manifest: Manifest, prefixes: Sequence[Path], dtype: np.dtype[Any]) 
                 _sync(_prompts_file(folder, at))
         manifest.finish()
     for at, prefix in enumerate(prefixes):
-        if ids_file(folder, at).exists():
+        if find_ids(folder, at).exists():
             record_path(prefix).unlink(missing_ok=True)
             idx_path(prefix).unlink(missing_ok=True)
             prompts_path(prefix).unlink(missing_ok=True)
-            ids_file(folder, at).replace(bin_path(prefix))
+            find_ids(folder, at).replace(bin_path(prefix))
         if _prompts_file(folder, at).exists():
             _prompts_file(folder, at).replace(prompts_path(prefix))
         if _index_file(folder, at).exists():

@@ -14,6 +14,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_adapt import logs
 from megatron_adapt.corpus.documents import DocumentWriter
+from megatron_adapt.data import shuffle
 from megatron_adapt.data.encode import preprocess_data
 from megatron_adapt.data.index import bin_path, read_tokens
 from megatron_adapt.data.prompts import prompts_path, read_prompts
@@ -263,3 +264,56 @@ def test_a_prompt_that_is_no_text_is_refused(tokenizer, tmp_path):
     path.write_bytes(b'{"text": "x", "prompt": 3}\n')
     with pytest.raises(DataError, match=r"c\.jsonl:1: .*prompt"):
         preprocess_data(make_config(path, tokenizer=tokenizer, prefix=tmp_path / "p", prompt_key="prompt"))
+
+
+# ---------------------------------------------------------------- shuffled
+
+
+def list_documents(prefix):
+    file = read_tokens(prefix)
+    return [file.tokens_N[first:end].tolist() for first, end in pairwise(file.starts().tolist())]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_seed_decides_the_order_of_the_documents_and_nothing_else(prefix, corpus, tokenizer, tmp_path, workers):
+    made = {}
+    for name, seed in (("a", 1), ("again", 1), ("b", 2)):
+        config = make_config(corpus, tokenizer=tokenizer, prefix=tmp_path / name, shuffle_seed=seed, workers=workers)
+        preprocess_data(config)
+        made[name] = list_documents(tmp_path / name)
+    plain = list_documents(prefix)
+    assert made["a"] == made["again"] != made["b"]
+    assert sorted(made["a"]) == sorted(made["b"]) == sorted(plain)
+    assert sum(left == right for left, right in zip(made["a"], plain, strict=True)) < len(plain) / 10
+    assert read_record(tmp_path / "a").tokens == read_record(prefix).tokens
+
+
+def test_prompts_follow_their_documents(tokenizer, tmp_path):
+    path = tmp_path / "c.jsonl"
+    lines = [{"prompt": "p " * at, "text": f"text {at}"} for at in range(1, 40)]
+    path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    found = {}
+    for name, seed in (("plain", None), ("shuffled", 5)):
+        options = {"prompt_key": "prompt", "shuffle_seed": seed}
+        preprocess_data(make_config(path, tokenizer=tokenizer, prefix=tmp_path / name, **options))
+        prompts_D = read_prompts(tmp_path / name, 39).tolist()
+        found[name] = list(zip(list_documents(tmp_path / name), prompts_D, strict=True))
+    assert found["plain"] != found["shuffled"]
+    assert sorted(found["plain"]) == sorted(found["shuffled"])
+
+
+def test_a_run_killed_while_it_shuffles_goes_on_to_the_same_bytes(corpus, tokenizer, tmp_path, monkeypatch):
+    config = make_config(corpus, tokenizer=tokenizer, prefix=tmp_path / "p", shuffle_seed=3)
+    undisturbed = make_config(corpus, tokenizer=tokenizer, prefix=tmp_path / "q", shuffle_seed=3)
+    preprocess_data(undisturbed)
+    with monkeypatch.context() as patch:
+        patch.setattr(shuffle, "permute", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess_data(config)
+    assert not bin_path(tmp_path / "p").exists()
+    preprocess_data(config)
+    assert read_files(tmp_path / "p") == read_files(tmp_path / "q")
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
