@@ -52,13 +52,15 @@ class DistWriter:
     Use as a context manager; a normal exit checks that the values cover every tensor and writes the records.
     """
 
-    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec]) -> None:
+    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], max_file_bytes: int = MAX_FILE_BYTES) -> None:
         """Start in an existing folder; ``specs`` are the global tensors that the chunks will make up.
+
+        A file that holds more than ``max_file_bytes`` is closed, and another one begun.
 
         Files that are there already are written over and not emptied: what an earlier writer of the same chunks wrote
         stays until it is written again.
         """
-        self._folder = folder
+        self._folder, self._max_file_bytes = folder, max_file_bytes
         self._index = Index({key: StoredTensor(spec.shape, spec.dtype) for key, spec in specs.items()})
         self._left = {key: math.prod(spec.shape) for key, spec in specs.items()}
         self._reserved: dict[tuple[str, tuple[int, ...]], _Reserved] = {}
@@ -75,7 +77,7 @@ class DistWriter:
 
     def _take(self, length: int) -> Place:
         """Reserve ``length`` bytes of the last file, or of a new one once it is full."""
-        if self._end > MAX_FILE_BYTES:
+        if self._end > self._max_file_bytes:
             self._open_next()
         place = Place(self._name, self._end, length)
         self._end += -(-length // ALIGNMENT) * ALIGNMENT

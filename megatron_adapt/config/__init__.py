@@ -7,7 +7,14 @@ Single values are checked here; checks against data live where the data is read.
 """
 
 from megatron_adapt.config.base import BaseSettings, CreateBase
-from megatron_adapt.config.checkpoint import CheckpointSettings, ConvertCheckpoint, InspectCheckpoint
+from megatron_adapt.config.checkpoint import (
+    AverageCheckpoints,
+    CheckpointSettings,
+    ConvertCheckpoint,
+    ExpandBlocks,
+    InspectCheckpoint,
+    StripCheckpoint,
+)
 from megatron_adapt.config.corpus import CorpusSettings, ParallelSettings, PrepareCorpus, PrepareParallel
 from megatron_adapt.config.data import DataSettings, PreprocessData
 from megatron_adapt.config.evaluate import Evaluate, EvaluateSettings
@@ -17,6 +24,7 @@ from megatron_adapt.config.train import StageSettings, TrainSettings
 from megatron_adapt.config.vocab import ResizeVocab, VocabSettings
 
 __all__ = [
+    "AverageCheckpoints",
     "BaseSettings",
     "BuildTokenizer",
     "CheckTokens",
@@ -28,6 +36,7 @@ __all__ = [
     "DescribeTokens",
     "Evaluate",
     "EvaluateSettings",
+    "ExpandBlocks",
     "InspectCheckpoint",
     "MeasureTokenizer",
     "MergeTokens",
@@ -38,6 +47,7 @@ __all__ = [
     "ResizeVocab",
     "ShowTokens",
     "StageSettings",
+    "StripCheckpoint",
     "SweepSettings",
     "TokenizerSettings",
     "TraceStep",

@@ -54,3 +54,54 @@ class InspectCheckpoint:
     "Hugging Face folder, or Megatron checkpoint (its root, or one iter_... folder)."
     json: Path | None = None
     "Also write the figures to this file."
+
+
+@dataclass(frozen=True, kw_only=True)
+class StripCheckpoint:
+    """Write the weights of a Megatron checkpoint alone, in another type or in smaller files."""
+
+    source: Path
+    "Megatron checkpoint (its root, or one iter_... folder)."
+    output: Path
+    "Folder to write."
+    dtype: Literal["keep", "float32", "bfloat16"] = "keep"
+    "Type of the weights in the output."
+    max_file_mib: int = 1024
+    "Begin another file behind so many MiB; many ranks read many files faster."
+    overwrite: bool = False
+    "Replace the output folder if it exists."
+
+    def __post_init__(self) -> None:
+        require(self.max_file_mib >= 1, f"--max-file-mib: {self.max_file_mib} is below 1; use 1024")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageCheckpoints:
+    """Write the mean of the weights of several Megatron checkpoints of one model."""
+
+    sources: tuple[Path, ...]
+    "Megatron checkpoints (roots, or iter_... folders)."
+    output: Path
+    "Folder to write."
+    overwrite: bool = False
+    "Replace the output folder if it exists."
+
+    def __post_init__(self) -> None:
+        require(len(self.sources) >= 2, f"--sources: {len(self.sources)} checkpoint; name at least two")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpandBlocks:
+    """Add blocks that change nothing yet (LLaMA Pro), to be trained on the new language."""
+
+    source: Path
+    "Megatron checkpoint (its root, or one iter_... folder)."
+    output: Path
+    "Folder to write."
+    blocks: int
+    "Blocks to add, evenly spread; a divisor of the number of layers."
+    overwrite: bool = False
+    "Replace the output folder if it exists."
+
+    def __post_init__(self) -> None:
+        require(self.blocks >= 1, f"--blocks: {self.blocks} is below 1; name how many to add")

@@ -39,13 +39,15 @@ def tokenizer(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def fake_gigatoken(tmp_path, monkeypatch) -> None:
+def fake_gigatoken(tmp_path, monkeypatch):
     """A module of that name that errs where ``ODD ONE`` stands in a text."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "gigatoken.py").write_text(_FAKE)
     monkeypatch.syspath_prepend(tmp_path / "modules")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
     monkeypatch.delitem(sys.modules, "gigatoken", raising=False)
+    yield
+    sys.modules.pop("gigatoken", None)  # or the next test would find it
 
 
 def backend_of(prefix: Path) -> str:

@@ -259,7 +259,7 @@ class Tokenizer:
 
 
 @pytest.fixture
-def fake_gigatoken(tmp_path, monkeypatch) -> None:
+def fake_gigatoken(tmp_path, monkeypatch):
     """A module of that name that fails where a text asks for it."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "gigatoken.py").write_text(_CRASHING)
@@ -267,6 +267,8 @@ def fake_gigatoken(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
     monkeypatch.delitem(sys.modules, "gigatoken", raising=False)
     monkeypatch.setitem(crew._ONE_THREAD, "WORKER", "1")
+    yield
+    sys.modules.pop("gigatoken", None)  # or the next test would find it
 
 
 @pytest.mark.usefixtures("fake_gigatoken")
