@@ -8,7 +8,7 @@ time; what is only copied keeps its bits; the output appears whole or not at all
 - ``average_checkpoints``: the mean of the same model's weights, computed in fp64.
 - ``expand_blocks``: after every group of blocks a copy of its last one whose two output projections are zero, so that
   it adds nothing to the residual and the model is what it was (LLaMA Pro, Wu et al. 2024, arXiv:2401.02415).
-  ``new_blocks.json`` lists them, for a training that freezes the others.
+  ``adapt.json`` lists them, for a training that freezes the others.
 """
 
 import dataclasses
@@ -36,10 +36,9 @@ from megatron_adapt.checkpoint.root import (
 from megatron_adapt.checkpoint.values import TensorSpec, torch_dtype
 from megatron_adapt.config import AverageCheckpoints, ExpandBlocks, StripCheckpoint
 from megatron_adapt.errors import CheckpointError, ConfigError
-from megatron_adapt.files import STAGE_FILE, replace_folder, write_json, write_stage
+from megatron_adapt.files import STAGE_FILE, replace_folder, write_stage
 from megatron_adapt.logs import show_progress
 
-NEW_BLOCKS_FILE = "new_blocks.json"
 _OUTPUT_PROJECTIONS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 _BOX_BYTES = 64 << 20
 _logger = logging.getLogger(__name__)
@@ -117,9 +116,9 @@ def expand_blocks(config: ExpandBlocks) -> None:
             return torch.zeros(sizes, dtype=specs[key].dtype)
         return source.read(key, (copied[block], *offsets[1:]), sizes)
 
-    expanded = dataclasses.replace(description, shape=shape, step=0)
-    new_blocks = [block for block, new in enumerate(is_new) if new]
-    _write(config, [folder], expanded, specs, read_expanded, copied=copied, new_blocks=new_blocks)
+    new_blocks = tuple(block for block, new in enumerate(is_new) if new)
+    expanded = dataclasses.replace(description, shape=shape, step=0, new_blocks=new_blocks)
+    _write(config, [folder], expanded, specs, read_expanded, copied=copied)
 
 
 def list_blocks(num_layers: int, num_new: int) -> tuple[list[int], list[bool]]:
@@ -176,7 +175,6 @@ def _write(
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
     copied: Sequence[int] | None = None,
-    new_blocks: Sequence[int] = (),
 ) -> None:
     """Write the root: tensors, description, the files that travel with them, and the record."""
     companions = folders[0].parent / HF_FOLDER
@@ -197,15 +195,13 @@ def _write(
                 writer.write_object(key, None)
             writer.write_common({"iteration": 0, "checkpoint_version": 3.0})
         write_description(release, description)
-        if new_blocks:
-            write_json(release / NEW_BLOCKS_FILE, {"new_blocks": list(new_blocks)})
         if companions.is_dir():
             hf_config = _adapt_config(read_config(companions), description, copied)
             write_companions(
                 partial / HF_FOLDER, config=hf_config, source=companions, tokenizer=find_tokenizer(None, companions)
             )
         write_latest(partial, None)
-        counts = {"parameters": description.shape.num_parameters, "new_blocks": list(new_blocks)}
+        counts = {"parameters": description.shape.num_parameters, "new_blocks": list(description.new_blocks)}
         write_stage(partial / STAGE_FILE, config=config, inputs=list(folders), counts=counts)
     _logger.info("%s: weights of %s parameters", config.output, f"{counts['parameters']:,}")
 

@@ -34,6 +34,7 @@ class Description:
         tokenizer_fingerprint: fingerprint of the tokenizer that the model speaks; None when it came without one.
         step: training steps of this run so far; 0 for converted weights.
         dtype: type of the weights, for example "bfloat16".
+        new_blocks: numbers of the blocks that ``reshape.expand_blocks`` added, from 0.
     """
 
     shape: LlamaShape
@@ -42,6 +43,7 @@ class Description:
     tokenizer_fingerprint: str | None
     step: int
     dtype: str
+    new_blocks: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; ``from_dict`` is the inverse."""
@@ -50,7 +52,8 @@ class Description:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Description":
         """Rebuild a description written by ``to_dict``."""
-        return cls(**{**values, "shape": LlamaShape.from_dict(values["shape"])})
+        new_blocks = tuple(values.get("new_blocks", ()))
+        return cls(**{**values, "shape": LlamaShape.from_dict(values["shape"]), "new_blocks": new_blocks})
 
 
 def name_iteration(step: int) -> str:

@@ -1,7 +1,5 @@
 """Weights alone, averaged, and with blocks that change nothing."""
 
-import json
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -103,7 +101,7 @@ def test_an_expanded_model_is_what_it_was(tied, tmp_path):
     root = make_checkpoint(tmp_path, num_hidden_layers=4, tie_word_embeddings=tied)
     expand_blocks(ExpandBlocks(source=root, output=tmp_path / "wide", blocks=2))
     folder = find_checkpoint(tmp_path / "wide")
-    assert json.loads((folder / "new_blocks.json").read_text()) == {"new_blocks": [2, 5]}
+    assert read_description(folder).new_blocks == (2, 5)
     convert_checkpoint(ConvertCheckpoint(source=tmp_path / "wide", to="hf", output=tmp_path / "wide_hf", verify=True))
     base, wide = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("hf", "wide_hf"))
     assert wide.config.num_hidden_layers == 6
