@@ -52,15 +52,15 @@ class DistWriter:
     Use as a context manager; a normal exit checks that the values cover every tensor and writes the records.
     """
 
-    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], max_file_bytes: int = MAX_FILE_BYTES) -> None:
+    def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], max_file_bytes: int | None = None) -> None:
         """Start in an existing folder; ``specs`` are the global tensors that the chunks will make up.
 
-        A file that holds more than ``max_file_bytes`` is closed, and another one begun.
+        A file that holds more than ``max_file_bytes`` (``MAX_FILE_BYTES``) is closed, and another one begun.
 
         Files that are there already are written over and not emptied: what an earlier writer of the same chunks wrote
         stays until it is written again.
         """
-        self._folder, self._max_file_bytes = folder, max_file_bytes
+        self._folder, self._max_file_bytes = folder, max_file_bytes or MAX_FILE_BYTES
         self._index = Index({key: StoredTensor(spec.shape, spec.dtype) for key, spec in specs.items()})
         self._left = {key: math.prod(spec.shape) for key, spec in specs.items()}
         self._reserved: dict[tuple[str, tuple[int, ...]], _Reserved] = {}

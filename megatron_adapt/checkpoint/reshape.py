@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from megatron_adapt.checkpoint.companions import find_tokenizer, write_companions
-from megatron_adapt.checkpoint.dist import MAX_FILE_BYTES, DistReader, DistWriter
+from megatron_adapt.checkpoint.dist import DistReader, DistWriter
 from megatron_adapt.checkpoint.hf import read_config
 from megatron_adapt.checkpoint.layout import STACKED_PREFIX, check_megatron_tensors, list_extra_states, list_rules
 from megatron_adapt.checkpoint.root import (
@@ -173,7 +173,7 @@ def _write(
     specs: Mapping[str, TensorSpec],
     read: Callable[[str, tuple[int, ...], tuple[int, ...]], torch.Tensor],
     *,
-    max_file_bytes: int = MAX_FILE_BYTES,
+    max_file_bytes: int | None = None,
     copied: Sequence[int] | None = None,
 ) -> None:
     """Write the root: tensors, description, the files that travel with them, and the record."""
