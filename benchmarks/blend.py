@@ -72,9 +72,9 @@ class Started(NamedTuple):
     plan_seconds: float
     "Of these, to make the plan."
     read_us: float
-    "Microseconds to read a window, from the middle of the run on."
+    "Microseconds to read a window, from the middle of the run on, where files and pages are met for the first time."
     locate_us: float
-    "Of these, to find its source and place."
+    "Microseconds to find its source and place, in sources that are open."
     resume_seconds: float
     "To find the middle of the run."
 
@@ -135,9 +135,9 @@ def start_ours(prefixes: dict[str, Path], counts: list[int], folder: Path) -> St
     seconds = time.perf_counter() - start
     places = [len(blend) // 2 + BATCH * at for at in range(READ_BATCHES)]
     resume = run_through(lambda place: blend.locate(place, 0), places[:1])
-    locate = run_through(lambda place: blend.locate(place, BATCH), places)
-    blend.locate(places[0], 0)
     read = run_through(lambda place: blend.read_windows(place, BATCH), places)
+    blend.locate(places[0], 0)
+    locate = run_through(lambda place: blend.locate(place, BATCH), places)
     return Started(
         seconds=seconds,
         plan_seconds=plan_seconds,

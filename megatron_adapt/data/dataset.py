@@ -7,7 +7,8 @@ is the number of windows it has read. All sources come from one tokenizer, and n
 Method (``BlendedWindows.locate``):
 1. ``_find_state``: how many windows of each source came before; known where the last batch ended.
 2. ``interleave`` names the sources of the places asked for.
-3. ``EpochOrder`` turns the ordinal of a window in its source into a place there, a slice of the mapped ``.bin``.
+3. ``EpochOrder`` turns the ordinal of a window in its source into a place there, a slice of the mapped ``.bin``;
+   the kernel is told of all slices of a batch before the first is read, so that it fetches them together.
 
 Costs: no memory but K numbers, nothing on disk, about 20 microseconds a window.
 """
@@ -27,7 +28,7 @@ from megatron_adapt.data.plan import BlendPlan
 from megatron_adapt.data.prompts import mask_prompts
 from megatron_adapt.data.record import TokensRecord, read_record
 from megatron_adapt.data.sources import open_sources
-from megatron_adapt.data.windows import EpochOrder, Windows, count_windows, locate_windows
+from megatron_adapt.data.windows import Windows, count_windows, locate_windows
 from megatron_adapt.errors import ConfigError, DataError
 
 
@@ -58,16 +59,7 @@ class BlendedWindows:
         """
         self.plan = plan
         self.sources = open_sources(plan, prefixes)
-        self._orders = [
-            # Of aligned windows only the number counts here; where they begin is in the table of cuts.
-            EpochOrder(
-                num_tokens=available + 1 if plan.aligned else self.sources.files[source].num_tokens,
-                seq_length=1 if plan.aligned else plan.seq_length,
-                fingerprint=self.sources.fingerprints[source],
-                seed=plan.seed,
-            )
-            for source, available in zip(plan.sources, plan.available, strict=True)
-        ]
+        self._by_index = list(self.sources.values())
         self._state = 0, np.zeros(len(plan.sources), np.int64)
         "A place of the plan, and the windows of each source before it; the order is continued from there."
 
@@ -84,17 +76,16 @@ class BlendedWindows:
         sources_N, windows = self.locate(first, count)
         ids_NT1 = np.empty((count, self.plan.seq_length + 1), np.int64)
         loss_NT = np.ones((count, self.plan.seq_length), bool)
-        for index in np.unique(sources_N):
-            chosen_N = np.flatnonzero(sources_N == index)
-            source = self.plan.sources[index]
-            file, starts_N = self.sources.files[source], windows.starts_N[chosen_N]
-            ids_NT1[chosen_N] = _read(file, starts_N, self.plan.seq_length, self.sources.records[source])
-            if source in self.sources.cuts:
-                loss_NT[chosen_N] &= mask_targets(
-                    self.sources.cuts[source], windows.windows_N[chosen_N], self.plan.seq_length
-                )
-            if source in self.sources.prompts:
-                loss_NT[chosen_N] &= mask_prompts(*self.sources.prompts[source], starts_N, self.plan.seq_length)
+        chosen = [(self._by_index[index], np.flatnonzero(sources_N == index)) for index in np.unique(sources_N)]
+        for source, chosen_N in chosen:
+            source.file.prefetch(windows.starts_N[chosen_N], self.plan.seq_length + 1)
+        for source, chosen_N in chosen:
+            starts_N = windows.starts_N[chosen_N]
+            ids_NT1[chosen_N] = _read(source.file, starts_N, self.plan.seq_length, source.record)
+            if source.cuts_W1 is not None:
+                loss_NT[chosen_N] &= mask_targets(source.cuts_W1, windows.windows_N[chosen_N], self.plan.seq_length)
+            if source.prompts_D is not None:
+                loss_NT[chosen_N] &= mask_prompts(source.starts_D1, source.prompts_D, starts_N, self.plan.seq_length)
         return Batch(ids_NT1, sources_N, loss_NT)
 
     def locate(self, first: int, count: int) -> tuple[NDArray[np.int64], Windows]:
@@ -108,10 +99,13 @@ class BlendedWindows:
         placed_K = self._find_state(first - plan.begin)
         sources_N = interleave(plan.weights, placed_K.tolist(), count).astype(np.int64)
         before_K = np.asarray(plan.first, np.int64) + placed_K
-        found = locate_windows(self._orders, sources_N, before_K[sources_N] + rank_windows(sources_N))
-        for index, starts_W1 in enumerate(self.sources.cuts.values()):
-            chosen_N = sources_N == index
-            found.starts_N[chosen_N] = starts_W1[found.windows_N[chosen_N]]
+        used_U, use_N = np.unique(sources_N, return_inverse=True)
+        used = [self._by_index[index] for index in used_U]
+        ordinals_N = before_K[sources_N] + rank_windows(sources_N)
+        found = locate_windows([source.order for source in used], use_N, ordinals_N)
+        for index, source in enumerate(used):
+            if source.cuts_W1 is not None:
+                found.starts_N[use_N == index] = source.cuts_W1[found.windows_N[use_N == index]]
         self._state = first - plan.begin + count, placed_K + np.bincount(sources_N, minlength=len(placed_K))
         return sources_N, found
 

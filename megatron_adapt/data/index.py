@@ -12,6 +12,7 @@ Costs: writing keeps 4 bytes a document in memory; reading maps both files and t
 Source of the format: megatron-core 0.16 ``core/datasets/indexed_dataset.py``.
 """
 
+import mmap
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,6 +122,8 @@ class TokensFile:
     "First byte of each sequence in the .bin."
     documents_D1: NDArray[np.int64]
     "First sequence of each document, and the number of sequences."
+    mapped: mmap.mmap
+    "The .bin."
 
     @property
     def num_tokens(self) -> int:
@@ -142,6 +145,31 @@ class TokensFile:
         """Return the tokens in each document, ``[D]``."""
         return np.diff(self.starts())
 
+    def expect_random_reads(self) -> None:
+        """Ask the kernel not to read ahead: around a short slice it would fetch many times its size."""
+        self.mapped.madvise(mmap.MADV_RANDOM)
+
+    def prefetch(self, starts_N: NDArray[np.int64], count: int) -> None:
+        """Ask the kernel to fetch slices of ``count`` tokens from ``starts_N`` into the file cache, all at once."""
+        for start in (starts_N * self.tokens_N.itemsize).tolist():
+            page = start // mmap.PAGESIZE * mmap.PAGESIZE
+            size = min(start + count * self.tokens_N.itemsize, len(self.mapped)) - page
+            self.mapped.madvise(mmap.MADV_WILLNEED, page, size)
+
+
+def check_size(prefix: Path, num_tokens: int) -> None:
+    """Compare the size of a ``.bin`` with the number of tokens its record names, without opening it.
+
+    Raises:
+        DataError: a file is missing, or has another size.
+    """
+    for path in (idx_path(prefix), bin_path(prefix)):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; check the prefix or {_REMEDY}")
+    size = bin_path(prefix).stat().st_size
+    if size not in {num_tokens * dtype.itemsize for dtype in _CODES.values()}:
+        raise DataError(f"{bin_path(prefix)}: {size} bytes are not {num_tokens} tokens; a file was changed: {_REMEDY}")
+
 
 def read_tokens(prefix: Path) -> TokensFile:
     """Map the files of ``prefix``.
@@ -154,7 +182,7 @@ def read_tokens(prefix: Path) -> TokensFile:
         if not file.is_file():
             raise DataError(f"{file}: no such file; check the prefix or {_REMEDY}")
     dtype, num_sequences, num_starts = _read_header(path)
-    places = np.memmap(path, np.uint8, "r").view(np.ndarray)
+    places = np.frombuffer(_map(path), np.uint8)
     ends = np.cumsum([_HEADER.size, 4 * num_sequences, 8 * num_sequences, 8 * num_starts])
     if num_sequences == 0:
         raise DataError(f"{path}: holds no documents; {_REMEDY}")
@@ -177,8 +205,13 @@ def read_tokens(prefix: Path) -> TokensFile:
         )
     if num_tokens == 0:
         raise DataError(f"{bin_path(prefix)}: holds no tokens; {_REMEDY}")
-    tokens_N = np.memmap(bin_path(prefix), dtype, "r").view(np.ndarray)  # plain views slice faster
-    return TokensFile(prefix, tokens_N, pointers_S, documents_D1)
+    mapped = _map(bin_path(prefix))
+    return TokensFile(prefix, np.frombuffer(mapped, dtype), pointers_S, documents_D1, mapped)
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:

@@ -58,10 +58,10 @@ class MegatronWindows:
             )
         self.plan = plan
         self.sources = open_sources(plan, prefixes)
-        if self.sources.prompts:
+        with_prompts = [name for name, source in self.sources.items() if source.prompts_D is not None]
+        if with_prompts:
             raise ConfigError(
-                f"train.blend_engine: megatron trains on prompts too, and {', '.join(self.sources.prompts)} has some; "
-                "use adapt"
+                f"train.blend_engine: megatron trains on prompts too, and {', '.join(with_prompts)} has some; use adapt"
             )
         read = zip(plan.sources, plan.windows, strict=True)
         self._prefixes = [str(prefixes[source]) for source, count in read if count]
@@ -91,7 +91,7 @@ class MegatronWindows:
     def _build(self) -> Any:
         """Build the order, on every rank together where there are several."""
         if self._built is None:
-            one = next(iter(self.sources.records.values()))
+            one = next(iter(self.sources.values())).record
             identifiers = {"fingerprint": one.tokenizer_fingerprint}
             shares = [float(count) for count in self.plan.windows if count]
             config = GPTDatasetConfig(

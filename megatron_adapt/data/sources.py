@@ -1,8 +1,11 @@
-"""The token files of a blend, opened and checked against each other and against the plan.
+"""The token files of a blend, checked against each other and against the plan.
 
-Guarantees: all come from one tokenizer; each holds as many windows as the plan counted.
+Guarantees: all come from one tokenizer; each holds as many windows as the plan counted. Records and sizes are compared
+at once; the files of a source are opened when it is read for the first time, so that a start does not wait for all of
+a thousand sources. ``inspect_data doctor`` looks into files before a run.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,34 +14,76 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_adapt.data.align import cut_documents
-from megatron_adapt.data.index import TokensFile, bin_path, read_tokens
+from megatron_adapt.data.index import TokensFile, bin_path, check_size, read_tokens
 from megatron_adapt.data.plan import BlendPlan
 from megatron_adapt.data.prompts import read_prompts
 from megatron_adapt.data.record import TokensRecord, data_fingerprint, read_record
-from megatron_adapt.data.windows import count_windows
+from megatron_adapt.data.windows import EpochOrder, count_windows
 from megatron_adapt.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sources:
-    """Sources by name, in the order of the plan."""
+class Source:
+    """A source of a blend.
 
-    files: dict[str, TokensFile]
-    "Their mapped ids."
-    cuts: dict[str, NDArray[np.int64]]
-    "First token of each window (and the last token) of sources that are cut where documents begin."
-    records: dict[str, TokensRecord]
+    What is read from its files raises DataError where they are missing, damaged or not those of the plan.
+    """
+
+    prefix: Path
+    "Prefix of its token files."
+    record: TokensRecord
     "Their counts."
-    fingerprints: dict[str, str]
-    "Hash of each source's data, which decides its order."
-    prompts: dict[str, tuple[NDArray[np.int64], NDArray[np.int32]]]
-    "First token of each document (and the number of tokens), and its prompt tokens; of sources that have prompts."
-    tokenizer_fingerprint: str
-    "Fingerprint of the tokenizer of all."
+    prompts_D: NDArray[np.int32] | None
+    "Prompt tokens of each document, where any has some."
+    available: int
+    "Windows of an epoch, as the plan counted them."
+    seq_length: int
+    "Tokens to predict in a window."
+    aligned: bool
+    "Windows begin where documents begin."
+    seed: int
+    "Seed of the run."
+
+    @functools.cached_property
+    def file(self) -> TokensFile:
+        """The mapped ids."""
+        file = read_tokens(self.prefix)
+        file.expect_random_reads()
+        return file
+
+    @functools.cached_property
+    def starts_D1(self) -> NDArray[np.int64]:
+        """First token of each document, and the number of tokens."""
+        return self.file.starts()
+
+    @functools.cached_property
+    def cuts_W1(self) -> NDArray[np.int64] | None:
+        """First token of each window and the last token, of windows that begin where documents begin."""
+        if not self.aligned:
+            return None
+        cuts_W1 = cut_documents(self.starts_D1, self.seq_length)
+        _check_windows(self, len(cuts_W1) - 1)
+        return cuts_W1
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the data, which decides the order of the windows."""
+        return data_fingerprint(self.prefix)
+
+    @functools.cached_property
+    def order(self) -> EpochOrder:
+        """The endless order of the windows."""
+        # Of aligned windows only the number counts here; where they begin is in the table of cuts.
+        return EpochOrder(
+            num_tokens=self.available + 1 if self.aligned else self.record.tokens,
+            seq_length=1 if self.aligned else self.seq_length,
+            fingerprint=self.fingerprint,
+            seed=self.seed,
+        )
 
 
-def open_sources(plan: BlendPlan, prefixes: Mapping[str, Path]) -> Sources:
-    """Open the sources of a plan.
+def open_sources(plan: BlendPlan, prefixes: Mapping[str, Path]) -> dict[str, Source]:
+    """Find the sources of a plan, in its order.
 
     Args:
         plan: windows per source.
@@ -46,37 +91,35 @@ def open_sources(plan: BlendPlan, prefixes: Mapping[str, Path]) -> Sources:
 
     Raises:
         ConfigError: a source of the plan has no prefix.
-        DataError: files are missing or damaged, do not fit the plan, or come from different tokenizers.
+        DataError: files are missing or cut off, do not fit the plan, or come from different tokenizers.
     """
-    files: dict[str, TokensFile] = {}
-    cuts: dict[str, NDArray[np.int64]] = {}
-    for source, available in zip(plan.sources, plan.available, strict=True):
-        if source not in prefixes:
-            raise ConfigError(f"blend.{source}: no token files were named; tokenise the source first")
-        prefix = prefixes[source]
-        files[source] = read_tokens(prefix)
-        windows = count_windows(files[source].num_tokens, plan.seq_length)
-        if plan.aligned:
-            cuts[source] = cut_documents(files[source].starts(), plan.seq_length)
-            windows = len(cuts[source]) - 1
-        if windows != available:
-            raise DataError(
-                f"{bin_path(prefix)}: {windows} windows of {plan.seq_length} tokens where the plan counted "
-                f"{available}; the data changed, make the plan again"
-            )
-    records = {source: read_record(prefixes[source]) for source in plan.sources}
-    return Sources(
-        files=files,
-        cuts=cuts,
-        records=records,
-        fingerprints={source: data_fingerprint(prefixes[source]) for source in plan.sources},
-        prompts={
-            source: (file.starts(), prompts_D)
-            for source, file in files.items()
-            if (prompts_D := read_prompts(file.prefix, file.num_documents)) is not None
-        },
-        tokenizer_fingerprint=check_tokenizers({prefixes[source]: record for source, record in records.items()}),
-    )
+    sources: dict[str, Source] = {}
+    for name, available in zip(plan.sources, plan.available, strict=True):
+        if name not in prefixes:
+            raise ConfigError(f"blend.{name}: no token files were named; tokenise the source first")
+        prefix, record = prefixes[name], read_record(prefixes[name])
+        check_size(prefix, record.tokens)
+        source = sources[name] = Source(
+            prefix=prefix,
+            record=record,
+            prompts_D=read_prompts(prefix, record.documents),
+            available=available,
+            seq_length=plan.seq_length,
+            aligned=plan.aligned,
+            seed=plan.seed,
+        )
+        if not plan.aligned:
+            _check_windows(source, count_windows(record.tokens, plan.seq_length))
+    check_tokenizers({source.prefix: source.record for source in sources.values()})
+    return sources
+
+
+def _check_windows(source: Source, windows: int) -> None:
+    if windows != source.available:
+        raise DataError(
+            f"{bin_path(source.prefix)}: {windows} windows of {source.seq_length} tokens where the plan counted "
+            f"{source.available}; the data changed, make the plan again"
+        )
 
 
 def check_tokenizers(records: Mapping[Path, TokensRecord]) -> str:

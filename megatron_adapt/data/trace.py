@@ -14,9 +14,9 @@ from rich.table import Table
 
 from megatron_adapt.config import TraceStep
 from megatron_adapt.data.dataset import BlendedWindows
-from megatron_adapt.data.index import TokensFile
 from megatron_adapt.data.inspect import check_tokenizer
 from megatron_adapt.data.plan import BlendPlan, read_plan
+from megatron_adapt.data.sources import Source
 from megatron_adapt.data.stage_plans import plan_stage
 from megatron_adapt.errors import ConfigError
 from megatron_adapt.files import write_json
@@ -78,18 +78,18 @@ def trace_step(config: TraceStep) -> list[TracedWindow]:
     sources_N, windows = blend.locate(first, batch)
     traced = []
     for at in range(batch):
-        source = plan.sources[sources_N[at]]
-        file = blend.sources.files[source]
+        name = plan.sources[sources_N[at]]
+        source = blend.sources[name]
         if tokenizer is not None:
-            check_tokenizer(file.prefix, blend.sources.records[source], tokenizer)
+            check_tokenizer(source.prefix, source.record, tokenizer)
         documents = []
-        for document, begin, ids in _list_pieces(file, int(windows.starts_N[at]), plan.seq_length + 1):
+        for document, begin, ids in _list_pieces(source, int(windows.starts_N[at]), plan.seq_length + 1):
             text = "" if tokenizer is None else tokenizer.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
             documents.append(TracedDocument(document=document, first=begin, tokens=len(ids), text=text[:_SHOWN]))
         traced.append(
             TracedWindow(
                 place=first + at,
-                source=source,
+                source=name,
                 epoch=int(windows.epochs_N[at]),
                 window=int(windows.windows_N[at]),
                 start=int(windows.starts_N[at]),
@@ -108,14 +108,14 @@ def _find_plan(recipe: Recipe, place: StagePlace) -> BlendPlan:
     return read_plan(path) if path.is_file() else plan_stage(recipe, place.settings.name)
 
 
-def _list_pieces(file: TokensFile, start: int, count: int) -> Iterator[tuple[int, int, np.ndarray[Any, Any]]]:
+def _list_pieces(source: Source, start: int, count: int) -> Iterator[tuple[int, int, np.ndarray[Any, Any]]]:
     """Yield document, place in it and ids of every piece of a window; behind the last document comes the first."""
-    starts_D1 = file.starts()
+    starts_D1 = source.starts_D1
     while count:
-        start %= file.num_tokens
+        start %= source.record.tokens
         document = int(np.searchsorted(starts_D1, start, side="right")) - 1
         end = min(int(starts_D1[document + 1]), start + count)
-        yield document, start - int(starts_D1[document]), np.asarray(file.tokens_N[start:end])
+        yield document, start - int(starts_D1[document]), np.asarray(source.file.tokens_N[start:end])
         count -= end - start
         start = end
 

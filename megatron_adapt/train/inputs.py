@@ -19,6 +19,7 @@ from megatron_adapt.data.index import bin_path
 from megatron_adapt.data.megatron_blend import MegatronWindows
 from megatron_adapt.data.plan import BlendPlan, read_plan
 from megatron_adapt.data.record import TokensRecord, record_path
+from megatron_adapt.data.sources import Source
 from megatron_adapt.data.stage_plans import carry_over, check_same, plan_stage
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.files import STAGE_FILE, read_json
@@ -80,7 +81,7 @@ class StageInputs:
     def training(self) -> dict[str, Any]:
         """What must not change while the stage runs; the data and the plan are compared before (``open_inputs``)."""
         return {
-            "tokenizer_fingerprint": self.blend.sources.tokenizer_fingerprint,
+            "tokenizer_fingerprint": self.description.tokenizer_fingerprint,
             "blend_engine": self.settings.blend_engine,
             "global_batch_size": self.settings.global_batch_size,
             "trainable": self.place.settings.trainable,
@@ -114,9 +115,9 @@ def open_inputs(recipe: Recipe, stage_name: str) -> StageInputs:
     )
     plan = _plan(recipe, place)
     blend = _open_blend(settings, place, plan)
-    _check_data(place, blend.sources.fingerprints)
-    for source, record in blend.sources.records.items():
-        _check_tokenizer(place.run.tokens(source, "train"), record, place.initial, description)
+    _check_data(place, blend.sources)
+    for source in blend.sources.values():
+        _check_tokenizer(source.prefix, source.record, place.initial, description)
     valid = {}
     for language in _list_valid(recipe, place, plan.sources):
         prefix = place.run.tokens(language, "valid")
@@ -156,16 +157,16 @@ def _plan(recipe: Recipe, place: StagePlace) -> BlendPlan:
     return plan
 
 
-def _check_data(place: StagePlace, fingerprints: Mapping[str, str]) -> None:
+def _check_data(place: StagePlace, sources: Mapping[str, Source]) -> None:
     """Refuse sources that the last checkpoint of a running stage knows with other data."""
     root = place.run.checkpoints(place.settings.name)
     if not (root / LATEST_FILE).is_file():
         return
     folder = find_checkpoint(root)
-    for source, cursor in read_json(folder / TRAINING_FILE)["cursors"].items():
-        if source in fingerprints and fingerprints[source] != cursor["data"]:
+    for name, cursor in read_json(folder / TRAINING_FILE)["cursors"].items():
+        if name in sources and sources[name].fingerprint != cursor["data"]:
             raise CheckpointError(
-                f"{bin_path(place.run.tokens(source, 'train'))}: not the data that {folder} was trained on; restore "
+                f"{bin_path(sources[name].prefix)}: not the data that {folder} was trained on; restore "
                 f"the files, or remove {root} to start again"
             )
 

@@ -130,8 +130,8 @@ def run_steps(trainer: Trainer, inputs: StageInputs, first: int, stop: int) -> N
             _report(metrics, row, last)
             clock, clock_step = time.perf_counter(), step
         if step % settings.save_interval == 0 or step == stop:
-            read, fingerprints = _count_windows(inputs, step), inputs.blend.sources.fingerprints
-            position = BlendPosition(inputs.blend.plan, read, fingerprints)
+            fingerprints = {name: source.fingerprint for name, source in inputs.blend.sources.items()}
+            position = BlendPosition(inputs.blend.plan, _count_windows(inputs, step), fingerprints)
             save_state(inputs.root, trainer, replace(description, step=step), inputs.training, position)
 
 

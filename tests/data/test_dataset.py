@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_adapt.data.dataset import BlendedWindows, ValidationWindows
+from megatron_adapt.data.index import bin_path, idx_path
 from megatron_adapt.data.plan import BlendPlan, make_plan
 from megatron_adapt.data.record import record_path
 from megatron_adapt.errors import ConfigError, DataError
@@ -121,7 +123,7 @@ def test_seed_and_data_change_the_order(prefixes, tmp_path):
     edited = {"ja": make_tokens(tmp_path / "edited", count_up(1, 205)), "en": prefixes["en"]}
     changed = BlendedWindows(_plan(), edited)
     assert (changed.read_windows(0, 200)[0] - first > 1).any()
-    assert changed.sources.fingerprints["ja"] != BlendedWindows(_plan(), prefixes).sources.fingerprints["ja"]
+    assert changed.sources["ja"].fingerprint != BlendedWindows(_plan(), prefixes).sources["ja"].fingerprint
 
 
 def test_places_outside_the_plan_are_refused(prefixes):
@@ -139,6 +141,22 @@ def test_data_that_do_not_fit_the_plan_are_refused(prefixes, tmp_path):
     grown = make_tokens(tmp_path / "grown", count_up(0, 300))
     with pytest.raises(DataError, match=r"grown\.bin: 29 windows of 10 tokens where the plan counted 20"):
         BlendedWindows(_plan(), prefixes | {"ja": grown})
+
+
+def test_a_file_of_another_size_is_refused_before_anything_is_read(prefixes, tmp_path):
+    cut = make_tokens(tmp_path / "cut", count_up(500, 311))
+    os.truncate(bin_path(cut), 600)
+    with pytest.raises(DataError, match=r"cut\.bin: 600 bytes are not 311 tokens; a file was changed"):
+        BlendedWindows(_plan(), prefixes | {"en": cut})
+
+
+def test_a_source_is_opened_when_it_is_read(prefixes, tmp_path):
+    damaged = make_tokens(tmp_path / "damaged", count_up(500, 311))
+    idx_path(damaged).write_bytes(b"no index")
+    windows = BlendedWindows(_plan(), prefixes | {"en": damaged})
+    assert not windows.read_windows(0, 1).sources_N.any()
+    with pytest.raises(DataError, match=r"damaged\.idx: no megatron-core index"):
+        windows.read_windows(1, 8)
 
 
 def test_two_tokenizers_are_refused_by_name(prefixes, tmp_path):
