@@ -7,7 +7,7 @@ run that was killed continues, and a changed setting repeats what depends on it.
 1. ``plan_base``: where the recipe asks for it, a base model from scratch, trained on the old languages.
 2. ``plan_adaptation``: tokenizer, new rows, token files, training stages, exports.
 3. ``run_commands``: each as its own process; training under torchrun.
-4. ``write_results``: score base, resized model and every stage; write the table.
+4. ``write_results``: of the scores of base, resized model and every stage, the table and the model card.
 """
 
 import logging
@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_adapt.checkpoint.card import RunFacts, write_card
 from megatron_adapt.checkpoint.hf import read_hf_shape
 from megatron_adapt.config import (
     BaseSettings,
@@ -39,7 +40,7 @@ from megatron_adapt.data.index import bin_path, idx_path
 from megatron_adapt.data.record import record_path
 from megatron_adapt.data.stage_plans import check_trained
 from megatron_adapt.errors import ConfigError
-from megatron_adapt.evaluate.report import show_table, write_report
+from megatron_adapt.evaluate.report import render_report, show_table, write_report
 from megatron_adapt.files import STAGE_FILE, is_finished, read_json, require_file, write_json
 from megatron_adapt.flags import to_flags
 from megatron_adapt.recipe import Recipe
@@ -89,7 +90,7 @@ def adapt(recipe: Recipe, tools: Path) -> None:
     base_model = recipe.base_model or run.base.export(_get_base(recipe)[1].name)
     commands = [*plan_corpus(recipe, run), *plan_base(recipe, run), *plan_adaptation(recipe, run, base_model)]
     run_commands([*commands, *plan_results(recipe, run, base_model)], recipe, tools)
-    write_results(recipe, run)
+    write_results(recipe, run, base_model)
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -298,28 +299,49 @@ def _make_argv(command: Command, recipe: Recipe, tools: Path) -> list[str]:
     return [sys.executable, *launch, tool, "--recipe", str(recipe.work_dir / "recipe.json"), "--stage", command.stage]
 
 
-def write_results(recipe: Recipe, run: RunFolder) -> None:
-    """Write ``report.md`` and show the table of all models."""
+def write_results(recipe: Recipe, run: RunFolder, base_model: Path) -> None:
+    """Write ``report.md`` and the model card of the last export, and show the table of all models."""
     evaluation = read_json(run.root / "evaluation.json")
     tokenizers = read_json(run.root / "tokenizers.json")
     tokens_per_byte = {
         name: {language: figures["tokens_per_byte"] for language, figures in languages.items()}
         for name, languages in tokenizers.items()
     }
-    facts = {"sequence length": str(recipe.train.seq_length)}
+    old, new = recipe.old_languages, recipe.new_languages
+    body = render_report(evaluation, tokens_per_byte, old, new, _collect_facts(recipe, run))
+    write_report(run.root / "report.md", title=f"From {', '.join(old)} to {', '.join(new)}", body=body)
+    export = run.export(recipe.train.stages[-1].name)
+    name = base_model.name if recipe.base_model else "a model trained from scratch for this run"
+    write_card(
+        export,
+        name=export.name,
+        shape=read_hf_shape(export),
+        step=read_json(export / STAGE_FILE)["counts"]["step"],
+        facts=RunFacts(base_model=name, languages_old=old, languages_new=new, report=body),
+    )
+    show_table(evaluation, old, new)
+    _logger.info("wrote %s; the adapted model is %s", run.root / "report.md", export)
+
+
+def _collect_facts(recipe: Recipe, run: RunFolder) -> dict[str, str]:
+    """Return name and value of what a reader should know of the run; what was counted is read from the records."""
+    resized = read_json(run.resized / STAGE_FILE)["counts"]
+    facts = {
+        "tokenizer": f"{recipe.tokenizer.method}: {resized['base_vocab_size']:,} to {resized['vocab_size']:,} tokens",
+        "rows of new tokens": f"{resized['new_rows']:,}, by {recipe.vocab.method}",
+        "sequence length": str(recipe.train.seq_length),
+    }
+    tokens = {
+        stage.name: read_json(run.checkpoints(stage.name) / STAGE_FILE)["counts"]["tokens"]
+        for stage in recipe.train.stages
+    }
     for stage in recipe.train.stages:
         blend = ", ".join(f"{language} {share:g}" for language, share in stage.blend.items())
         facts[f"stage {stage.name}"] = (
             f"{stage.tokens:,} tokens, blend {blend}, learns {stage.trainable}, lr {stage.lr:g}"
         )
-    write_report(
-        run.root / "report.md",
-        title=f"From {', '.join(recipe.old_languages)} to {', '.join(recipe.new_languages)}",
-        evaluation=evaluation,
-        tokens_per_byte=tokens_per_byte,
-        languages_old=recipe.old_languages,
-        languages_new=recipe.new_languages,
-        run_facts=facts,
-    )
-    show_table(evaluation, recipe.old_languages, recipe.new_languages)
-    _logger.info("wrote %s; the adapted model is %s", run.root / "report.md", run.export(recipe.train.stages[-1].name))
+    for language in (*recipe.old_languages, *recipe.new_languages):
+        parts = {name: counts.get(language, 0) for name, counts in tokens.items()}
+        listed = ", ".join(f"{count:,} in {name}" for name, count in parts.items())
+        facts[f"tokens of {language}"] = f"{sum(parts.values()):,} ({listed})"
+    return facts

@@ -13,14 +13,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.hf import HFFolder
+from megatron_adapt.checkpoint.release import release_model
+from megatron_adapt.config import ConvertCheckpoint, ReleaseModel
 from megatron_adapt.corpus.parallel import prepare_parallel
 from megatron_adapt.data.encode import preprocess_data
 from megatron_adapt.data.index import read_tokens
 from megatron_adapt.data.prompts import read_prompts
 from megatron_adapt.errors import CheckpointError
+from megatron_adapt.files import STAGE_FILE, write_json, write_stage
 from megatron_adapt.flags import load_recipe
-from megatron_adapt.pipeline import Command, plan_adaptation, plan_corpus, plan_results, run_commands
+from megatron_adapt.pipeline import Command, plan_adaptation, plan_corpus, plan_results, run_commands, write_results
 from megatron_adapt.run_folder import RunFolder
 from megatron_adapt.tokenizer.pieces import read_tokenizer
 from tests.helpers.runs import make_run, train_stage
@@ -53,6 +57,8 @@ def test_quickstart_recipe_adapts_a_model_and_a_second_call_repeats_nothing(tmp_
     assert evaluation["full"]["qx"]["bits_per_byte"] < 0.9 * evaluation["resized"]["qx"]["bits_per_byte"]
     assert "| full" in (tmp_path / "run" / "report.md").read_text()
     _check_export(tmp_path / "run")
+    card = (tmp_path / "run" / "export" / "full" / "README.md").read_text()
+    assert f"{evaluation['full']['qx']['bits_per_byte']:.4f} (full) bits per byte" in card
     again = adapt(tmp_path / "run", tmp_path / "raw")
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("finished before") == 21
@@ -70,6 +76,56 @@ def _check_export(run):
     resized, trained = HFFolder(run / "resized"), HFFolder(export)
     assert set(resized.names) == set(trained.names)
     assert not torch.equal(resized.read("lm_head.weight"), trained.read("lm_head.weight"))
+
+
+def write_records(recipe, run):
+    """Write what a finished run leaves: records, scores, the export of the last stage."""
+    write_stage(run.resized / STAGE_FILE, config={}, inputs=[], counts=RESIZED)
+    for stage, tokens in (("first", 1000), ("second", 4000)):
+        counts = {"steps": 6, "tokens": {"en": tokens, "xx": 3 * tokens}}
+        write_stage(run.checkpoints(stage) / STAGE_FILE, config={}, inputs=[], counts=counts)
+    bits = {"base": (1.0, 9.0), "resized": (1.0, 4.0), "first": (1.1, 3.0), "second": (1.05, 2.0)}
+    evaluation = {
+        name: {
+            "en": {"bits_per_byte": en, "tokens_per_byte": 0.25},
+            "xx": {"bits_per_byte": xx, "tokens_per_byte": 0.5},
+        }
+        for name, (en, xx) in bits.items()
+    }
+    write_json(run.root / "evaluation.json", evaluation)
+    figures = {"base": {"en": {"tokens_per_byte": 0.25}, "xx": {"tokens_per_byte": 1.0}}}
+    write_json(run.root / "tokenizers.json", {**figures, "adapted": {"en": {"tokens_per_byte": 0.25}}})
+    export = run.export("second")
+    convert_checkpoint(ConvertCheckpoint(source=recipe.work_dir / "megatron", to="hf", output=export))
+    return export
+
+
+RESIZED = {"base_vocab_size": 300, "vocab_size": 1300, "moved_rows": 0, "new_rows": 1000}
+
+
+def test_the_model_card_of_the_last_export_says_what_the_run_knows(tmp_path, capsys):
+    recipe = load(make_run(tmp_path))
+    run = RunFolder(recipe.work_dir)
+    export = write_records(recipe, run)
+    sums = (export / "SHA256SUMS").read_bytes()
+    write_results(recipe, run, recipe.base_model)
+    card = (export / "README.md").read_text()
+    for line in (
+        "- xx: 4.0000 (resized) to 2.0000 (second) bits per byte, -50.0 %",
+        "- en: 1.0000 (base) to 1.0500 (second) bits per byte, +5.0 %",
+        "| tokenizer | continue: 300 to 1,300 tokens |",
+        "| rows of new tokens | 1,000, by subtoken_mean |",
+        "| tokens of xx | 15,000 (3,000 in first, 12,000 in second) |",
+        "| stage second | 1,152 tokens, blend en 0.5, xx 0.5, learns embeddings, lr 0.01 |",
+        "| licence | *to be filled in* |",
+        '- "xx"',
+    ):
+        assert line in card.splitlines(), line
+    assert f"adapted from {recipe.base_model.name} (en) to xx." in card
+    assert str(tmp_path) not in card, "a path of this machine"
+    release_model(ReleaseModel(model=export))
+    assert (export / "SHA256SUMS").read_bytes() == sums
+    assert card.split("## Bits per byte")[1].split("##")[0] in (run.root / "report.md").read_text()
 
 
 def load(recipe, *flags):

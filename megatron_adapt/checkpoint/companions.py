@@ -1,4 +1,4 @@
-"""The small files beside the weights: config, generation config, tokenizer, model card; and the vocabulary check.
+"""The small files beside the weights: config, generation config, tokenizer; and the vocabulary check.
 
 Reads and writes Hugging Face folders. Guarantees: a config comes out as it went in, with only ``vocab_size`` and the
 type of the weights changed; weights never leave with a tokenizer that they were not trained with.
@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import megatron_adapt
 from megatron_adapt.checkpoint.hf import CONFIG_FILE
 from megatron_adapt.checkpoint.root import Description
 from megatron_adapt.errors import CheckpointError
@@ -116,23 +115,3 @@ def change_config(config: dict[str, Any], *, vocab_size: int, dtype: str) -> dic
     """
     types: dict[str, Any] = {key: dtype for key in ("dtype", "torch_dtype") if key in config}
     return {**config, "vocab_size": vocab_size, **types}
-
-
-def write_card(target: Path, name: str, description: Description) -> None:
-    """Write a short model card: what the weights are and how to load them."""
-    shape = description.shape
-    text = f"""# {name}
-
-A Llama-family language model with {shape.num_parameters:,} parameters and {description.true_vocab_size:,} tokens,
-exported by megatron-adapt {megatron_adapt.__version__} after {description.step:,} steps of its last training stage.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-
-The licence and the limits of the base model and of the training data apply; name them here before publishing.
-"""
-    (target / "README.md").write_text(text, encoding="utf-8")

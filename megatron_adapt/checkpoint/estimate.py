@@ -1,4 +1,4 @@
-"""What a conversion will take: bytes, files, memory, and time at the measured speed of the two disks.
+"""What a conversion or a resize will take: bytes, files, memory, and time at the measured speed of the two disks.
 
 ``write_estimate`` reads a sample of the source past the file cache and writes it to a file without a name beside the
 output, which is gone when it is closed. Cost: the time of 256 MiB.
@@ -19,7 +19,6 @@ from megatron_adapt.checkpoint.layout import list_extra_states
 from megatron_adapt.checkpoint.resume import check_space, count_free_bytes, find_existing
 from megatron_adapt.checkpoint.slices import CHUNK_BYTES, NUM_THREADS, SLICE_BYTES
 from megatron_adapt.checkpoint.values import TensorSpec
-from megatron_adapt.config import ConvertCheckpoint
 from megatron_adapt.files import check_output
 
 _SAMPLE_BYTES = 256 << 20
@@ -46,29 +45,41 @@ def count_dist_files(num_bytes: int) -> int:
     return -(-num_bytes // MAX_FILE_BYTES)
 
 
-def write_estimate(config: ConvertCheckpoint, files: Sequence[Path], *, num_bytes: int, num_files: int) -> None:
-    """Print what the conversion will take.
+def write_estimate(
+    title: str,
+    files: Sequence[Path],
+    output: Path,
+    *,
+    overwrite: bool,
+    num_bytes: int,
+    num_files: int,
+    work_bytes: int = 0,
+) -> None:
+    """Print what the work will take.
 
     Args:
-        config: the conversion.
+        title: the work in a few words.
         files: files of weights that it reads.
+        output: folder that it writes.
+        overwrite: whether it may replace that folder.
         num_bytes: what it writes.
         num_files: files of weights that it writes.
+        work_bytes: memory it takes beyond slices.
 
     Raises:
         ConfigError: the output exists, or there is too little space.
     """
-    check_output(config.output, overwrite=config.overwrite)
-    check_space(config.output, num_bytes)
+    check_output(output, overwrite=overwrite)
+    check_space(output, num_bytes)
     read_bytes = sum(file.stat().st_size for file in files)
-    speed = measure_speed(files, config.output)
+    speed = measure_speed(files, output)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + _COPIES_OF_A_SLICE * NUM_THREADS * SLICE_BYTES
     lines = (
-        f"{config.source} to {config.to}, a dry run: nothing is written",
+        f"{title}, a dry run: nothing is written",
         f"read   {read_bytes / 1e9:.3f} GB in {len(files)} files",
-        f"write  {num_bytes / 1e9:.3f} GB in {num_files} files of weights to {config.output}",
-        f"free   {count_free_bytes(config.output) / 1e9:.3f} GB",
-        f"memory {memory / 1e9:.2f} GB",
+        f"write  {num_bytes / 1e9:.3f} GB in {num_files} files of weights to {output}",
+        f"free   {count_free_bytes(output) / 1e9:.3f} GB",
+        f"memory {(memory + work_bytes) / 1e9:.2f} GB",
         f"time   {num_bytes / speed:,.0f} s at {speed / 1e9:.2f} GB/s, measured by copying a sample to disk",
     )
     sys.stdout.write("\n".join(lines) + "\n")

@@ -1,19 +1,22 @@
 """Say what is in a checkpoint: the model, the state of its vocabulary, how far it was trained, and every tensor.
 
-Reads: a Hugging Face folder or a Megatron checkpoint, headers and index only; also checkpoints of other programs, which
-have no ``adapt.json``. Writes: a table, or JSON. Cost: well under a second beside the imports, whatever the size.
+Reads: a Hugging Face folder or a Megatron checkpoint, headers and index only; also checkpoints of other programs
+(``opened``), whose true vocabulary is not known. Writes: a table, or JSON. Cost: well under a second beside the
+imports, whatever the size.
 """
 
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_adapt.checkpoint.companions import find_tokenizer
 from megatron_adapt.checkpoint.dist import DistReader
 from megatron_adapt.checkpoint.hf import HFFolder, read_hf_shape
+from megatron_adapt.checkpoint.legacy import LegacyCheckpoint
+from megatron_adapt.checkpoint.opened import describe_foreign, open_foreign
 from megatron_adapt.checkpoint.root import (
     DESCRIPTION_FILE,
     HF_FOLDER,
@@ -26,6 +29,8 @@ from megatron_adapt.config import InspectCheckpoint
 from megatron_adapt.errors import AdaptError
 from megatron_adapt.files import write_json
 
+_ARGUMENTS = ("consumed_train_samples", "seq_length", "global_batch_size", "tokenizer_type", "tokenizer_model")
+"What ``args`` of Megatron-LM say of the training."
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 
 
@@ -46,26 +51,69 @@ def inspect_checkpoint(config: InspectCheckpoint) -> None:
 def describe_megatron(folder: Path) -> dict[str, Any]:
     """Return what a Megatron checkpoint holds, as plain values."""
     iter_folder = find_checkpoint(folder)
-    reader = DistReader(iter_folder)
-    specs = {key: TensorSpec(reader.shape(key) or (), reader.dtype(key)) for key in reader.keys}
-    found = {"format": "Megatron torch_dist", "folder": iter_folder, "files": len(reader.files) - 1}
-    if (iter_folder / DESCRIPTION_FILE).is_file():
-        description = read_description(iter_folder)
-        found |= {
-            "model": description.shape.to_dict(),
-            "parameters": description.shape.num_parameters,
-            "vocabulary": {
-                "true size": description.true_vocab_size,
-                "rows": description.padded_vocab_size,
-                "padding rows": description.padded_vocab_size - description.true_vocab_size,
-                **_describe_tokenizer(iter_folder.parent / HF_FOLDER, description.tokenizer_fingerprint),
-            },
+    if not (iter_folder / DESCRIPTION_FILE).is_file():
+        return _describe_foreign(iter_folder)
+    reader, description = DistReader(iter_folder), read_description(iter_folder)
+    return {
+        "format": "Megatron torch_dist",
+        "folder": iter_folder,
+        "files": len(reader.files) - 1,
+        "model": description.shape.to_dict(),
+        "parameters": description.shape.num_parameters,
+        "vocabulary": {
+            "true size": description.true_vocab_size,
+            "rows": description.padded_vocab_size,
+            "padding rows": description.padded_vocab_size - description.true_vocab_size,
+            **_describe_tokenizer(iter_folder.parent / HF_FOLDER, description.tokenizer_fingerprint),
+        },
+        "position": {"step": description.step, **_read_position(reader)},
+        **_describe_tensors(_list_specs(reader)),
+    }
+
+
+def _list_specs(reader: DistReader) -> list[tuple[str, TensorSpec]]:
+    return [(key, TensorSpec(reader.shape(key) or (), reader.dtype(key))) for key in reader.keys]
+
+
+def _describe_foreign(iter_folder: Path) -> dict[str, Any]:
+    """Describe a checkpoint that another program wrote, as far as it goes; its tensors as they are stored."""
+    checkpoint = open_foreign(iter_folder)
+    companions = iter_folder.parent / HF_FOLDER
+    if isinstance(checkpoint, LegacyCheckpoint):
+        named = f"{checkpoint.tensor_size} tensor-parallel ranks, {checkpoint.num_stages} pipeline stages"
+        chunks = f", {checkpoint.num_chunks} model chunks each" if checkpoint.num_chunks > 1 else ""
+        found: dict[str, Any] = {
+            "format": f"Megatron partitions ({named}{chunks})",
+            "files": len(checkpoint.partitions),
         }
-        position = {"step": description.step}
+        specs = [
+            (name, item.spec) for _, parts in checkpoint.partitions for part in parts for name, item in part.items()
+        ]
     else:
-        found["vocabulary"] = {"true size": f"unknown, there is no {DESCRIPTION_FILE}"}
-        position = {}
-    return {**found, "position": {**position, **_read_position(reader)}, **_describe_tensors(specs)}
+        reader = DistReader(iter_folder)
+        found = {"format": "Megatron torch_dist of another program", "files": len(reader.files) - 1}
+        specs = _list_specs(reader)
+    try:
+        shape = describe_foreign(checkpoint, companions)
+        model = {name: value for name, value in shape.to_dict().items() if name != "vocab_size"}
+    except AdaptError as error:
+        model = {"unknown": str(error)}
+    return {
+        "folder": iter_folder,
+        **found,
+        "model": model,
+        "vocabulary": {
+            "true size": f"unknown, there is no {DESCRIPTION_FILE}",
+            "rows": checkpoint.num_vocab_rows,
+            **_describe_tokenizer(companions, None),
+        },
+        "position": {"step": checkpoint.step, **_list_plain(checkpoint.arguments or {}, _ARGUMENTS)},
+        **_describe_tensors(specs),
+    }
+
+
+def _list_plain(arguments: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: arguments[name] for name in names if isinstance(arguments.get(name), int | float | str)}
 
 
 def describe_hf(folder: Path) -> dict[str, Any]:
@@ -79,7 +127,7 @@ def describe_hf(folder: Path) -> dict[str, Any]:
         "parameters": shape.num_parameters,
         "vocabulary": {"rows": shape.vocab_size, **_describe_tokenizer(folder, None)},
         "position": {},
-        **_describe_tensors(reader.specs),
+        **_describe_tensors(list(reader.specs.items())),
     }
 
 
@@ -97,18 +145,15 @@ def _describe_tokenizer(folder: Path, known: str | None) -> dict[str, Any]:
 
 
 def _read_position(reader: DistReader) -> dict[str, Any]:
-    """Return the numbers that ``common.pt`` says of the training; other programs put more than numbers there."""
-    try:
-        common = reader.read_common()
-    except AdaptError:
-        return {"common.pt": "holds more than plain values, so it is not read"}
+    """Return the numbers that ``common.pt`` says of the training."""
+    common = reader.read_common()
     return {key: value for key, value in common.items() if isinstance(value, int | float | str)}
 
 
-def _describe_tensors(specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
+def _describe_tensors(specs: Sequence[tuple[str, TensorSpec]]) -> dict[str, Any]:
     """Return the tensors; those of one kind, shape and type over the layers are one entry."""
     kinds: dict[tuple[str, TensorSpec], int] = {}
-    for name, spec in specs.items():
+    for name, spec in specs:
         kind = _LAYER.sub("*", name), spec
         kinds[kind] = kinds.get(kind, 0) + 1
     listed = [
@@ -121,7 +166,7 @@ def _describe_tensors(specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
         }
         for (name, spec), count in kinds.items()
     ]
-    values = sum(math.prod(spec.shape) for spec in specs.values())
+    values = sum(math.prod(spec.shape) for _, spec in specs)
     return {"values": values, "bytes": sum(item["bytes"] for item in listed), "tensors": listed}
 
 

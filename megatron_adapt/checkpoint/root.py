@@ -21,6 +21,8 @@ RELEASE = "release"
 HF_FOLDER = "hf"
 METADATA_FILE = ".metadata"
 "Index of a ``torch_dist`` folder; a folder without it is incomplete."
+PARTITION_PATTERN = "mp_rank_*"
+"Folders of an iteration in partitions (``legacy``), which has no index."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,25 +65,33 @@ def name_iteration(step: int) -> str:
 
 def is_megatron_checkpoint(folder: Path) -> bool:
     """Tell whether a folder is the root of a Megatron checkpoint or one of its iterations."""
-    return (folder / LATEST_FILE).is_file() or (folder / METADATA_FILE).is_file()
+    return (folder / LATEST_FILE).is_file() or _is_iteration(folder)
+
+
+def _is_iteration(folder: Path) -> bool:
+    return (folder / METADATA_FILE).is_file() or next(folder.glob(PARTITION_PATTERN), None) is not None
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """Return the ``torch_dist`` folder of a checkpoint root (its latest), or ``folder`` itself if it is one.
+    """Return the iteration of a checkpoint root (its latest), or ``folder`` itself if it is one.
+
+    It is a ``torch_dist`` folder, or holds partitions that another program wrote.
 
     Raises:
         CheckpointError: there is no checkpoint, or the one named as latest is missing.
     """
-    if (folder / METADATA_FILE).is_file():
+    if _is_iteration(folder):
         return folder
     latest = folder / LATEST_FILE
     if not latest.is_file():
-        raise CheckpointError(f"{folder}: no Megatron checkpoint (neither {LATEST_FILE} nor {METADATA_FILE}); check it")
+        raise CheckpointError(
+            f"{folder}: no Megatron checkpoint (no {LATEST_FILE}, {METADATA_FILE} or mp_rank_... in it); check it"
+        )
     word = latest.read_text(encoding="utf-8").strip()
     if word != RELEASE and not word.isdecimal():
         raise CheckpointError(f"{latest}: {word!r} is neither a step nor 'release'; correct the file")
     found = folder / (RELEASE if word == RELEASE else name_iteration(int(word)))
-    if not (found / METADATA_FILE).is_file():
+    if not _is_iteration(found):
         raise CheckpointError(f"{latest}: names {found.name}, which is no checkpoint; name one that is there")
     return found
 
@@ -107,7 +117,7 @@ def read_description(iter_folder: Path) -> Description:
     if not path.is_file():
         raise CheckpointError(
             f"{iter_folder}: no {DESCRIPTION_FILE}, so its true vocabulary is unknown; "
-            "start from a checkpoint that tools/convert_checkpoint.py or tools/pretrain.py wrote"
+            "convert a checkpoint of another program first: tools/convert_checkpoint.py --to hf, then --to megatron"
         )
     try:
         return Description.from_dict(read_json(path))

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from megatron_adapt.checkpoint.archive import can_store
-from megatron_adapt.checkpoint.dist import DistReader, DistWriter
+from megatron_adapt.checkpoint.assemble import Source
+from megatron_adapt.checkpoint.dist import DistWriter
 from megatron_adapt.checkpoint.finite import FiniteWatch
 from megatron_adapt.checkpoint.hf import HFFolder, HFWriter
 from megatron_adapt.checkpoint.layout import (
@@ -115,7 +116,7 @@ def spec_megatron(
     return specs
 
 
-def spec_hf(source: DistReader, shape: LlamaShape, dtype: torch.dtype | None) -> dict[str, TensorSpec]:
+def spec_hf(source: Source, shape: LlamaShape, dtype: torch.dtype | None) -> dict[str, TensorSpec]:
     """Return the tensors that ``stream_to_hf`` writes, by name."""
     return {
         name: TensorSpec(size, dtype or source.dtype(rule.megatron))
@@ -172,9 +173,9 @@ def _write_padding(source: HFFolder, writer: DistWriter, item: Slice, spec: Tens
 
 
 def stream_to_hf(
-    source: DistReader, target: Path, shape: LlamaShape, *, dtype: torch.dtype | None, progress: PartialFolder
+    source: Source, target: Path, shape: LlamaShape, *, dtype: torch.dtype | None, progress: PartialFolder
 ) -> None:
-    """Write the model tensors of a ``torch_dist`` folder as safetensors; the inverse of ``stream_to_megatron``.
+    """Write the model tensors of a Megatron checkpoint as safetensors; the inverse of ``stream_to_megatron``.
 
     Args:
         source: checked checkpoint; keys that are no model tensors (optimizer, random states) are passed over.

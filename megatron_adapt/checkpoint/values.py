@@ -1,5 +1,6 @@
 """Plain tensor values between files and memory: one copy, at any offset, no file position shared between calls."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -31,13 +32,27 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def list_row_blocks(spec: TensorSpec) -> Iterator[tuple[int, int]]:
-    """Yield [start, stop) of row blocks of at most ``BLOCK_BYTES`` (but at least one row)."""
+def list_row_blocks(spec: TensorSpec, max_bytes: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield [start, stop) of row blocks of at most ``max_bytes`` (``BLOCK_BYTES``; but at least one row)."""
     num_rows = spec.shape[0]
     row_bytes = max(1, spec.num_bytes // max(1, num_rows))
-    step = max(1, BLOCK_BYTES // row_bytes)
+    step = max(1, (max_bytes or BLOCK_BYTES) // row_bytes)
     for start in range(0, num_rows, step):
         yield start, min(start + step, num_rows)
+
+
+def list_boxes(spec: TensorSpec, max_bytes: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yield offsets and sizes of boxes of at most ``max_bytes``, each one run of values, in the order of the values."""
+    axis = 0
+    while axis + 1 < len(spec.shape) and TensorSpec(spec.shape[axis + 1 :], spec.dtype).num_bytes > max_bytes:
+        axis += 1
+    inner = spec.shape[axis + 1 :]
+    step = max(1, max_bytes // max(1, TensorSpec(inner, spec.dtype).num_bytes))
+    zeros = (0,) * len(inner)
+    for front in itertools.product(*map(range, spec.shape[:axis])):
+        for start in range(0, spec.shape[axis], step):
+            rows = min(step, spec.shape[axis] - start)
+            yield (*front, start, *zeros), (*[1] * axis, rows, *inner)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -15,9 +15,11 @@ from typing import Any, Literal
 import torch
 import transformers
 
+from megatron_adapt.checkpoint.assemble import Source
 from megatron_adapt.checkpoint.dist import DistReader
 from megatron_adapt.checkpoint.hf import HFFolder
 from megatron_adapt.checkpoint.layout import EMBEDDING, list_rules
+from megatron_adapt.checkpoint.opened import OpenedCheckpoint
 from megatron_adapt.checkpoint.root import Description, find_checkpoint, read_description
 from megatron_adapt.checkpoint.slices import Slice, list_slices, run_steps
 from megatron_adapt.checkpoint.values import bytes_of, torch_dtype
@@ -65,21 +67,29 @@ class LogitComparison:
 
 
 def verify_conversion(
-    hf_folder: Path, megatron_folder: Path, *, output: Literal["megatron", "hf"], logits: bool = True
+    hf_folder: Path,
+    megatron: Path | OpenedCheckpoint,
+    *,
+    output: Literal["megatron", "hf"],
+    logits: bool = True,
 ) -> None:
     """Compare tensors and logits, log both results and stop at a difference.
 
     Args:
         hf_folder: one side.
-        megatron_folder: the other: a root or a ``torch_dist`` folder.
+        megatron: the other: a root or a ``torch_dist`` folder, or a checkpoint of any origin that is open.
         output: the side that was converted from the other; a change of type happened on the way to it.
         logits: compare logits too, which takes two fp32 copies of the model in memory.
 
     Raises:
         CheckpointError: the two sides differ.
     """
-    count = compare_tensors(hf_folder, megatron_folder, output=output)
+    count = compare_tensors(hf_folder, megatron, output=output)
     _logger.info("verified: %d tensors are equal byte by byte", count)
+    if isinstance(megatron, OpenedCheckpoint) and not megatron.is_own:
+        _logger.info("logits not compared: the engine does not load a checkpoint of another program")
+        return
+    megatron_folder = megatron.folder if isinstance(megatron, OpenedCheckpoint) else megatron
     if not logits:
         _logger.info("logits not compared: the model is larger than checkpoint.verify_logits_parameters")
         return
@@ -91,23 +101,28 @@ def verify_conversion(
         )
 
 
-def compare_tensors(hf_folder: Path, megatron_folder: Path, *, output: Literal["megatron", "hf"]) -> int:
+def compare_tensors(
+    hf_folder: Path, megatron_checkpoint: Path | OpenedCheckpoint, *, output: Literal["megatron", "hf"]
+) -> int:
     """Compare every tensor of two checkpoints by bytes and return how many there are.
 
     Padding rows of the Megatron side have no counterpart; they must be finite and not zero.
 
     Args:
         hf_folder: Hugging Face folder.
-        megatron_folder: root or ``torch_dist`` folder.
+        megatron_checkpoint: root or ``torch_dist`` folder, or a checkpoint of any origin that is open.
         output: the side that was converted; the other side is cast to its type before comparing.
 
     Raises:
         CheckpointError: a tensor differs.
     """
-    iter_folder = find_checkpoint(megatron_folder)
-    description = read_description(iter_folder)
+    hf = HFFolder(hf_folder)
+    if isinstance(megatron_checkpoint, OpenedCheckpoint):
+        description, megatron = megatron_checkpoint.description, megatron_checkpoint.source
+    else:
+        iter_folder = find_checkpoint(megatron_checkpoint)
+        description, megatron = read_description(iter_folder), DistReader(iter_folder)
     shape = description.shape
-    hf, megatron = HFFolder(hf_folder), DistReader(iter_folder)
     itemsizes = {rule.megatron: megatron.dtype(rule.megatron).itemsize for rule in list_rules(shape)}
     slices = list_slices(shape, itemsizes)
 
@@ -125,7 +140,7 @@ def compare_tensors(hf_folder: Path, megatron_folder: Path, *, output: Literal["
     return len({item.hf for item in slices})
 
 
-def _check_padding(megatron: DistReader, key: str, description: Description) -> None:
+def _check_padding(megatron: Source, key: str, description: Description) -> None:
     true_size, num_rows = description.true_vocab_size, description.padded_vocab_size
     padding = megatron.read(key, (true_size, 0), (num_rows - true_size, description.shape.hidden_size))
     if not (padding.isfinite().all() and padding.any(-1).all()):

@@ -13,6 +13,7 @@ from megatron_adapt.config.checkpoint import (
     ConvertCheckpoint,
     ExpandBlocks,
     InspectCheckpoint,
+    ReleaseModel,
     StripCheckpoint,
 )
 from megatron_adapt.config.corpus import CorpusSettings, ParallelSettings, PrepareCorpus, PrepareParallel
@@ -44,6 +45,7 @@ __all__ = [
     "PrepareCorpus",
     "PrepareParallel",
     "PreprocessData",
+    "ReleaseModel",
     "ResizeVocab",
     "ShowTokens",
     "StageSettings",

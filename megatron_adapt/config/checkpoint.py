@@ -1,5 +1,6 @@
 """Settings of the checkpoint stage."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -54,6 +55,25 @@ class InspectCheckpoint:
     "Hugging Face folder, or Megatron checkpoint (its root, or one iter_... folder)."
     json: Path | None = None
     "Also write the figures to this file."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseModel:
+    """Check a Hugging Face folder, write or compare its checksums, and push it to the Hub."""
+
+    model: Path
+    "Hugging Face folder."
+    push_to_hub: str = ""
+    "USER/NAME of a repository of the Hub to upload the folder to; made, as a private one, if it is missing."
+    public: bool = False
+    "Make that repository a public one; the model card must have no open fields."
+
+    def __post_init__(self) -> None:
+        require(
+            not self.push_to_hub or re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub) is not None,
+            f"--push-to-hub: {self.push_to_hub!r} names no repository; write USER/NAME",
+        )
+        require(bool(self.push_to_hub) or not self.public, "--public: has no effect without --push-to-hub; add it")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,18 +20,8 @@ BASE = "base"
 RESIZED = "resized"
 
 
-def write_report(
-    path: Path,
-    *,
-    title: str,
-    evaluation: Evaluation,
-    tokens_per_byte: Figures,
-    languages_old: Sequence[str],
-    languages_new: Sequence[str],
-    run_facts: Mapping[str, str],
-) -> None:
+def write_report(path: Path, *, title: str, body: str) -> None:
     """Write ``report.md``: a title over what ``render_report`` returns; the file appears whole."""
-    body = render_report(evaluation, tokens_per_byte, languages_old, languages_new, run_facts)
     with replace_file(path) as partial:
         partial.write_text(f"# {title}\n\n{body}", encoding="utf-8")
 

@@ -1,8 +1,5 @@
 """A conversion that is killed at any moment and started again ends with the bytes of one that was never killed."""
 
-import random
-import subprocess
-import sys
 import time
 from collections import namedtuple
 
@@ -14,76 +11,26 @@ from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.hf import HFFolder
 from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint
 from megatron_adapt.errors import CheckpointError, ConfigError
+from tests.helpers.kills import check_kills, read_files, run_with_kills
 from tests.helpers.tiny import write_llama
 
-# Converts in a child for every number it is given: the child kills itself (-9) at that system call, 0 for never.
-RUNNER = """
-import os, signal, sys
-from pathlib import Path
-from megatron_adapt.checkpoint import slices
-from megatron_adapt.checkpoint.convert import convert_checkpoint
+SETUP = """
+from megatron_adapt.checkpoint.convert import convert_checkpoint as work
 from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint
 
-slices.SLICE_BYTES, slices.SAVE_BYTES, slices.CHUNK_BYTES = 2000, 8000, 5000
-source, to, output, *moments = sys.argv[1:]
 config = ConvertCheckpoint(
-    source=Path(source), to=to, output=Path(output), settings=CheckpointSettings(vocab_pad_multiple=64)
+    source=Path({source!r}), to={to!r}, output=Path({output!r}), settings=CheckpointSettings(vocab_pad_multiple=64)
 )
-EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "subprocess.Popen"}
-
-def convert_in_child(moment):
-    child = os.fork()
-    if not child:
-        count = 0
-        def tick():
-            nonlocal count
-            count += 1
-            if count == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-        pwrite, fdatasync = os.pwrite, os.fdatasync
-        os.pwrite = lambda *args: (tick(), pwrite(*args))[1]
-        os.fdatasync = lambda *args: (tick(), fdatasync(*args))[1]
-        sys.addaudithook(lambda event, args: tick() if event in EVENTS else None)
-        convert_checkpoint(config)
-        print(count, flush=True)
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
-
-for moment in map(int, moments):
-    status = convert_in_child(moment)
-    if status == signal.SIGKILL and not config.output.exists():
-        status = convert_in_child(0)
-    if status not in (0, signal.SIGKILL):
-        sys.exit(f"{moment}: ended by {status}")
-    config.output.rename(f"{output}.{moment}")
 """
 
 
-def _run(source, to, output, *moments):
-    command = [sys.executable, "-c", RUNNER, source, to, output, *map(str, moments)]
-    done = subprocess.run([str(item) for item in command], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
-
-
-def _read_files(folder):
-    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
 def _kill_at(tmp_path, to, num_moments, seed):
-    """Kill at seeded moments between the first system call and the last, start again, compare every file."""
     write_llama(tmp_path / "hf", dtype=torch.bfloat16, max_shard_size="20KB")
     source, output = tmp_path / "hf", tmp_path / "out"
     if to == "hf":
-        _run(source, "megatron", tmp_path / "megatron", 0)
+        run_with_kills(SETUP.format(source=str(source), to="megatron", output=str(tmp_path / "megatron")), 0)
         source = tmp_path / "megatron.0"
-    (calls,) = _run(source, to, output, 0)
-    expected = _read_files(tmp_path / "out.0")
-    assert len(expected) > 5
-    moments = random.Random(seed).sample(range(1, int(calls) + 1), num_moments)
-    assert len(_run(source, to, output, *moments)) >= num_moments - 1, "a kill behind the last rename needs no restart"
-    for moment in moments:
-        assert _read_files(tmp_path / f"out.{moment}") == expected, moment
+    check_kills(SETUP.format(source=str(source), to=to, output=str(output)), output, num_moments, seed)
 
 
 @pytest.mark.parametrize("to", ["megatron", "hf"])
@@ -245,8 +192,8 @@ def test_the_estimate_of_bytes_is_close_and_not_below(tmp_path, monkeypatch, to)
         source = tmp_path / "megatron"
         convert_checkpoint(_config(tmp_path, output=source))
     sizes = []
-    monkeypatch.setattr(convert, "write_estimate", lambda config, files, num_bytes, num_files: sizes.append(num_bytes))
+    monkeypatch.setattr(convert, "write_estimate", lambda *args, num_bytes, **others: sizes.append(num_bytes))
     convert_checkpoint(_config(tmp_path, source=source, to=to, dry_run=True))
     convert_checkpoint(_config(tmp_path, source=source, to=to))
-    written = sum(len(raw) for raw in _read_files(tmp_path / "out").values())
+    written = sum(len(raw) for raw in read_files(tmp_path / "out").values())
     assert written <= sizes[0] <= written * 1.05 + (1 << 20)

@@ -67,15 +67,7 @@ def test_change_is_relative():
 
 def test_the_file_holds_title_and_report(tmp_path):
     path = tmp_path / "report.md"
-    write_report(
-        path,
-        title="From en to qx",
-        evaluation=EVALUATION,
-        tokens_per_byte=TOKENIZERS,
-        languages_old=["en"],
-        languages_new=["qx"],
-        run_facts={},
-    )
+    write_report(path, title="From en to qx", body=render())
     assert path.read_text().startswith("# From en to qx\n\n- en: 1.0000")
     assert list(tmp_path.iterdir()) == [path]
 
