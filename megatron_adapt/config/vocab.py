@@ -25,6 +25,8 @@ class ResizeVocab:
     "Folder to write, of the same kind."
     vocab_pad_multiple: int = 1024
     "A Megatron checkpoint pads the vocabulary to a multiple of this, so that it loads at any TP up to 8."
+    dry_run: bool = False
+    "Check everything, print bytes, files, memory and time, and write nothing but an unnamed file to measure the disk."
     overwrite: bool = False
     "Replace the output folder if it exists."
     settings: VocabSettings = field(default_factory=VocabSettings)

@@ -53,14 +53,7 @@ def fill_subtoken_mean(base: BaseRows, pieces: Mapping[int, Sequence[int]]) -> I
     mean_H = base.mean().float()
     num_orphans = 0
     for ids in _divide(pieces):
-        flat = [old for new in ids for old in pieces[new]]
-        used = sorted(set(flat))
-        position = {old: at for at, old in enumerate(used)}
-        ends = list(accumulate(len(pieces[new]) for new in ids))
-        offsets = torch.tensor([0, *ends[:-1]])
-        index = torch.tensor([position[old] for old in flat], dtype=torch.long)
-        gathered_VH = base.gather(used).float()
-        rows_NH = torch.nn.functional.embedding_bag(index, gathered_VH, offsets, mode="mean")
+        rows_NH = _average_pieces(base, [pieces[new] for new in ids])
         orphans = [at for at, new in enumerate(ids) if not pieces[new]]
         rows_NH[orphans] = mean_H
         num_orphans += len(orphans)
@@ -69,11 +62,33 @@ def fill_subtoken_mean(base: BaseRows, pieces: Mapping[int, Sequence[int]]) -> I
         _logger.warning("%d new tokens have no old pieces; they take the mean of all rows", num_orphans)
 
 
+def _average_pieces(base: BaseRows, pieces: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return the mean of the old rows of each token's pieces: [len(pieces), H] in fp32, zero where there are none."""
+    flat = [old for olds in pieces for old in olds]
+    used = sorted(set(flat))
+    position = {old: at for at, old in enumerate(used)}
+    ends = list(accumulate(len(olds) for olds in pieces))
+    offsets = torch.tensor([0, *ends[:-1]])
+    index = torch.tensor([position[old] for old in flat], dtype=torch.long)
+    gathered_VH = base.gather(used).float()
+    return torch.nn.functional.embedding_bag(index, gathered_VH, offsets, mode="mean")
+
+
 def fill_mean(base: BaseRows, pieces: Mapping[int, Sequence[int]]) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Give each token the mean of all old rows."""
     mean_H = base.mean().float()
     for ids in _divide(pieces):
         yield ids, mean_H.repeat(len(ids), 1)
+
+
+def count_fill_bytes(pieces: Mapping[int, Sequence[int]], width: int, itemsize: int) -> int:
+    """Return about how many bytes of memory ``FILL_METHODS`` take for a matrix of ``width`` columns."""
+    most = 0
+    for ids in _divide(pieces):
+        num_used = len({old for new in ids for old in pieces[new]})
+        # The old rows as they are stored and in fp32; the new ones, those of the chunk before, and one of them cast.
+        most = max(most, num_used * (itemsize + 4) + len(ids) * (4 + 4 + itemsize))
+    return most * width
 
 
 def _divide(pieces: Mapping[int, Sequence[int]]) -> Iterator[list[int]]:

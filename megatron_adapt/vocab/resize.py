@@ -3,36 +3,41 @@
 Reads: a Hugging Face folder with its tokenizer (a Megatron checkpoint goes to ``resize_megatron``), and the folder of
 the new tokenizer with ``added_pieces.json``. Writes: a model folder with the new tokenizer. Guarantees: rows are
 written by token id, never as a tail slice; the row of a token that stays is copied byte by byte wherever its id moved,
-and so are all other tensors; input matrix and output head are filled separately, from their own rows.
+and so are all other tensors; input matrix and output head are filled separately, from their own rows; killed and
+started again, a resize goes on where it was and ends with the same bytes.
 
 1. ``read_id_map`` says which old id each new id stands for, and which old pieces spell each new token;
 2. ``check_fit`` refuses a tokenizer that was not made from this model's;
-3. ``_write_weights`` copies all tensors block by block, the rows of the vocabulary matrices by id (``_copy_rows``);
-4. ``_fill_matrix`` writes the new rows (``fill``). Spare rows beyond the old tokenizer are dropped.
+3. ``continue_folder`` checks the free space and finds what an earlier run left;
+4. ``_write_matrix`` copies the rows of tokens that stay by id and fills the new ones (``fill``), a matrix at a time.
+   Spare rows beyond the old tokenizer are dropped;
+5. all other tensors are copied slice by slice (``parts``).
 
-Cost: time of one copy plus one read of the old rows used; memory of one 4 MiB block and one chunk of new rows.
+Cost: time of one copy plus one read of the old rows used; memory of a few slices of 2 MiB and one chunk of new rows.
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from megatron_adapt.checkpoint import slices
 from megatron_adapt.checkpoint.companions import find_tokenizer, write_companions
-from megatron_adapt.checkpoint.hf import HFFolder, HFWriter, read_config, read_hf_shape
+from megatron_adapt.checkpoint.estimate import count_hf_bytes, write_estimate
+from megatron_adapt.checkpoint.hf import HFFolder, HFWriter, count_shards, read_config, read_hf_shape
 from megatron_adapt.checkpoint.layout import EMBEDDING, HEAD, check_hf_tensors
+from megatron_adapt.checkpoint.resume import PartialFolder, continue_folder, fingerprint_plan
 from megatron_adapt.checkpoint.root import is_megatron_checkpoint
 from megatron_adapt.checkpoint.values import TensorSpec, list_row_blocks
 from megatron_adapt.config import ResizeVocab
-from megatron_adapt.files import STAGE_FILE, replace_folder, write_stage
-from megatron_adapt.logs import Advance, show_progress
+from megatron_adapt.files import STAGE_FILE, write_stage
 from megatron_adapt.shape import LlamaShape
-from megatron_adapt.tokenizer.id_map import IdMap, read_id_map
+from megatron_adapt.tokenizer.id_map import MAP_FILE, IdMap, read_id_map
 from megatron_adapt.tokenizer.pieces import read_tokenizer
-from megatron_adapt.vocab.fill import FILL_METHODS
+from megatron_adapt.vocab.fill import FILL_METHODS, count_fill_bytes
 from megatron_adapt.vocab.fit import check_fit, list_runs, renumber_companions
+from megatron_adapt.vocab.parts import Part, write_model
 from megatron_adapt.vocab.resize_megatron import resize_megatron
 
 _logger = logging.getLogger(__name__)
@@ -58,7 +63,7 @@ def resize_vocab(config: ResizeVocab) -> None:
 
     Raises:
         CheckpointError: the model is incomplete, or does not fit the tokenizer.
-        ConfigError: the model is not supported, or the output exists.
+        ConfigError: the model is not supported, the output exists, or there is too little space.
         DataError: the tokenizer folder is incomplete.
     """
     if is_megatron_checkpoint(config.model):
@@ -70,56 +75,82 @@ def resize_vocab(config: ResizeVocab) -> None:
     tokenizer = read_tokenizer(config.tokenizer)
     id_map = read_id_map(tokenizer)
     check_fit(config.model, shape.vocab_size, find_tokenizer(None, config.model), tokenizer, id_map)
-    with replace_folder(config.output, overwrite=config.overwrite) as partial:
-        _write_weights(source, partial, shape, id_map, config.settings.method)
+    specs = _spec(source, shape, id_map)
+    num_bytes = count_hf_bytes(specs)
+    if config.dry_run:
+        write_estimate(
+            f"{config.model} to {id_map.vocab_size} tokens",
+            source.files,
+            config.output,
+            overwrite=config.overwrite,
+            num_bytes=num_bytes,
+            num_files=count_shards(specs),
+            work_bytes=count_fill_bytes(id_map.pieces, shape.hidden_size, source.dtype(EMBEDDING).itemsize),
+        )
+        return
+    read = [*source.files, tokenizer.folder / MAP_FILE]
+    plan = fingerprint_plan("hf", shape, tokenizer.fingerprint, config.settings, slices.SLICE_BYTES, files=read)
+    with continue_folder(config.output, overwrite=config.overwrite, plan=plan, num_bytes=num_bytes) as partial:
+        _write_weights(source, specs, id_map, config.settings.method, partial)
         hf_config = {**read_config(config.model), "vocab_size": tokenizer.vocab_size}
-        write_companions(partial, config=hf_config, source=config.model, tokenizer=tokenizer)
-        renumber_companions(partial, id_map)
+        write_companions(partial.folder, config=hf_config, source=config.model, tokenizer=tokenizer)
+        renumber_companions(partial.folder, id_map)
         counts = {
             "base_vocab_size": id_map.base_vocab_size,
             "vocab_size": id_map.vocab_size,
             "moved_rows": len(id_map.moved),
             "new_rows": len(id_map.pieces),
         }
-        write_stage(partial / STAGE_FILE, config=config, inputs=[config.model, config.tokenizer], counts=counts)
+        write_stage(partial.folder / STAGE_FILE, config=config, inputs=[config.model, config.tokenizer], counts=counts)
     kept = id_map.vocab_size - len(id_map.pieces)
     _logger.info("%s: %d rows kept, %d filled by %s", config.output, kept, len(id_map.pieces), config.settings.method)
 
 
-def _write_weights(source: HFFolder, target: Path, shape: LlamaShape, id_map: IdMap, method: str) -> None:
-    matrices = [EMBEDDING] if shape.tied else [EMBEDDING, HEAD]
+def _spec(source: HFFolder, shape: LlamaShape, id_map: IdMap) -> dict[str, TensorSpec]:
+    """Return the tensors of the output, by name."""
     specs = {name: source.specs[name] for name in source.names if not (shape.tied and name == HEAD)}
-    for name in matrices:
+    for name in {EMBEDDING, HEAD} & set(specs):
         specs[name] = TensorSpec((id_map.vocab_size, shape.hidden_size), source.dtype(name))
-    total = sum(spec.num_bytes for spec in specs.values()) / 1e6
-    with show_progress("resizing", total, "MB") as advance, HFWriter(target, specs) as writer:
-        for name, spec in specs.items():
-            if name in matrices:
-                _copy_rows(source, writer, name, spec, id_map, advance)
-                _fill_matrix(_MatrixRows(source, name, id_map.base_vocab_size), writer, spec, id_map, method, advance)
-                continue
-            for start, stop in list_row_blocks(spec):
-                rows = source.read_rows(name, start, stop)
-                writer.write_rows(name, start, rows)
-                advance(rows.nbytes / 1e6)
+    return specs
 
 
-def _copy_rows(
-    source: HFFolder, writer: HFWriter, name: str, spec: TensorSpec, id_map: IdMap, advance: Advance
+def _write_weights(
+    source: HFFolder, specs: dict[str, TensorSpec], id_map: IdMap, method: str, progress: PartialFolder
 ) -> None:
-    """Copy the rows of the tokens that stay, in runs of neighbours."""
+    matrices = {name: specs[name] for name in (EMBEDDING, HEAD) if name in specs}
+    parts = [
+        Part(name, (start,), (stop - start, *spec.shape[1:]))
+        for name, spec in specs.items()
+        if name not in matrices
+        for start, stop in list_row_blocks(spec, slices.SLICE_BYTES)
+    ]
+    with HFWriter(progress.folder, specs) as writer:
+
+        def write_matrix(name: str) -> None:
+            _write_matrix(_MatrixRows(source, name, id_map.base_vocab_size), writer, specs[name], id_map, method)
+
+        def copy_rows(part: Part, buffer: torch.Tensor) -> int:
+            start = part.offsets[0]
+            rows = source.read_rows(part.name, start, start + part.sizes[0], buffer)
+            writer.write_rows(part.name, start, rows)
+            return rows.nbytes
+
+        write_model(
+            writer,
+            matrices=matrices,
+            write_matrix=write_matrix,
+            parts=parts,
+            copy_part=copy_rows,
+            total_bytes=sum(spec.num_bytes for spec in specs.values()),
+            progress=progress,
+        )
+
+
+def _write_matrix(base: _MatrixRows, writer: HFWriter, spec: TensorSpec, id_map: IdMap, method: str) -> None:
+    """Copy the rows of the tokens that stay, in runs of neighbours, and fill those of the others."""
     for start, stop in list_row_blocks(spec):
         for new, old, count in list_runs(id_map, start, stop):
-            rows = source.read_rows(name, old, old + count)
-            writer.write_rows(name, new, rows)
-            advance(rows.nbytes / 1e6)
-
-
-def _fill_matrix(
-    base: _MatrixRows, writer: HFWriter, spec: TensorSpec, id_map: IdMap, method: str, advance: Advance
-) -> None:
+            writer.write_rows(base.name, new, base.source.read_rows(base.name, old, old + count))
     for ids, rows_NH in FILL_METHODS[method](base, id_map.pieces):
-        rows = rows_NH.to(spec.dtype)
-        for new, row_H in zip(ids, rows, strict=True):
+        for new, row_H in zip(ids, rows_NH.to(spec.dtype), strict=True):
             writer.write_rows(base.name, new, row_H[None])
-        advance(rows.nbytes / 1e6)

@@ -1,20 +1,26 @@
 """Give a Megatron checkpoint the rows of a new tokenizer, its optimizer included, without a conversion.
 
 Reads: a checkpoint root (its latest step) with the tokenizer that travels with it, and the new tokenizer. Writes: a
-root of the same step with the new tokenizer. Guarantees: as ``resize``; the layout of the run that wrote it does not
+root of the same step with the new tokenizer; of a checkpoint of another program (``opened``) the weights alone, as
+``release``. Guarantees: as ``resize``; the layout of the run that wrote it does not
 matter, nor that of the run that reads it; padding rows are made anew; every state of the optimizer is resized with its
 matrix.
 
 1. ``_find_role`` sorts the tensors: copied as they are, weights, fp32 masters, moments.
-2. ``_write_matrix`` copies the rows of tokens that stay, fills new rows and padding, block by block. Weights whose
+2. ``continue_folder`` checks the free space and finds what an earlier run left; ``_list_chunks`` cuts the tensors.
+3. ``_write_matrix`` copies the rows of tokens that stay, fills new rows and padding, block by block. Weights whose
    master is there are filled from the master, so that the two say the same.
-3. New rows and padding of a moment are zero, as for a parameter that was never updated.
+4. New rows and padding of a moment are zero, as for a parameter that was never updated.
+5. All other tensors are copied slice by slice (``parts``).
+6. A stage with ``carry_optimizer`` goes on from the output, on text that the new tokenizer has cut; the plan and the
+   cursors of the old run, which count its windows, stay behind.
 
-Cost: one copy of the checkpoint; memory of one 4 MiB block and one chunk of new rows.
+Cost: one copy of the checkpoint; memory of a few slices of 2 MiB and one chunk of new rows.
 """
 
 import dataclasses
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,32 +29,40 @@ from typing import Literal
 
 import torch
 
-from megatron_adapt.checkpoint.companions import find_tokenizer, write_companions
-from megatron_adapt.checkpoint.dist import DistReader, DistWriter
-from megatron_adapt.checkpoint.hf import read_config
-from megatron_adapt.checkpoint.layout import check_megatron_tensors, list_rules
+from megatron_adapt.checkpoint import slices
+from megatron_adapt.checkpoint.assemble import Source
+from megatron_adapt.checkpoint.companions import write_companions
+from megatron_adapt.checkpoint.dist import FORMAT_FILE, MAX_FILE_BYTES, DistReader, DistWriter
+from megatron_adapt.checkpoint.estimate import count_dist_bytes, write_estimate
+from megatron_adapt.checkpoint.layout import list_extra_states, list_rules
+from megatron_adapt.checkpoint.opened import OpenedCheckpoint, open_checkpoint
+from megatron_adapt.checkpoint.resume import PartialFolder, continue_folder, fingerprint_plan
 from megatron_adapt.checkpoint.root import (
+    DESCRIPTION_FILE,
     HF_FOLDER,
     RELEASE,
-    find_checkpoint,
-    read_description,
+    Description,
     write_description,
     write_latest,
 )
-from megatron_adapt.checkpoint.values import TensorSpec, list_row_blocks
+from megatron_adapt.checkpoint.values import TensorSpec, list_boxes, list_row_blocks
 from megatron_adapt.config import ResizeVocab
 from megatron_adapt.errors import CheckpointError
-from megatron_adapt.files import STAGE_FILE, replace_folder, write_stage
-from megatron_adapt.logs import Advance, show_progress
+from megatron_adapt.files import STAGE_FILE, read_json, write_json, write_stage
+from megatron_adapt.run_folder import PLAN_FILE, TRAINING_FILE
 from megatron_adapt.shape import pad_vocab_size
-from megatron_adapt.tokenizer.id_map import IdMap, read_id_map
-from megatron_adapt.tokenizer.pieces import read_tokenizer
-from megatron_adapt.vocab.fill import FILL_METHODS
+from megatron_adapt.tokenizer.id_map import MAP_FILE, IdMap, read_id_map
+from megatron_adapt.tokenizer.pieces import LoadedTokenizer, read_tokenizer
+from megatron_adapt.vocab.fill import FILL_METHODS, count_fill_bytes
 from megatron_adapt.vocab.fit import check_fit, list_runs, renumber_companions
+from megatron_adapt.vocab.parts import Part, write_model
 
 _logger = logging.getLogger(__name__)
 _STATE = "optimizer.state."
 _MASTER, _MOMENTS = "param", ("exp_avg", "exp_avg_sq")
+_MASTER_BYTES = 4
+_MAX_FILES = 256
+"All stay open while they are written, and systems allow a process about 1000; 70B with its optimizer are 973 GB."
 Role = Literal["copied", "filled", "moment"]
 
 
@@ -56,7 +70,7 @@ Role = Literal["copied", "filled", "moment"]
 class _MatrixRows:
     """``BaseRows`` of a matrix in a Megatron checkpoint."""
 
-    source: DistReader
+    source: Source
     key: str
     num_rows: int
     width: int
@@ -76,37 +90,46 @@ def resize_megatron(config: ResizeVocab) -> None:
 
     Raises:
         CheckpointError: the checkpoint is incomplete, does not fit the tokenizer, or has a state that is not known.
-        ConfigError: the output exists.
+        ConfigError: the output exists, or there is too little space.
         DataError: the tokenizer folder is incomplete.
     """
-    folder = find_checkpoint(config.model)
-    description, source = read_description(folder), DistReader(folder)
-    check_megatron_tensors(source.shape, description.shape, description.padded_vocab_size, str(folder))
-    companions = folder.parent / HF_FOLDER
     tokenizer = read_tokenizer(config.tokenizer)
     id_map = read_id_map(tokenizer)
-    check_fit(folder, description.true_vocab_size, find_tokenizer(None, companions), tokenizer, id_map)
+    opened = open_checkpoint(config.model, vocab_size=id_map.base_vocab_size)
+    folder, description, source = opened.folder, opened.description, opened.source
+    check_fit(folder, description.true_vocab_size, opened.tokenizer, tokenizer, id_map)
     resized = dataclasses.replace(
         description,
         shape=dataclasses.replace(description.shape, vocab_size=id_map.vocab_size),
         true_vocab_size=id_map.vocab_size,
         padded_vocab_size=pad_vocab_size(id_map.vocab_size, config.vocab_pad_multiple),
         tokenizer_fingerprint=tokenizer.fingerprint,
+        step=description.step if opened.is_own else 0,
     )
     matrices = {rule.megatron for rule in list_rules(description.shape) if rule.kind == "vocab"}
     roles = {key: _find_role(key, matrices, folder) for key in source.keys}
-    with replace_folder(config.output, overwrite=config.overwrite) as partial:
-        target = partial / folder.name
-        target.mkdir()
-        _write_tensors(source, target, roles, id_map, resized.padded_vocab_size, config.settings.method)
-        write_description(target, resized)
-        for extra in sorted(folder.glob("*.json")):
-            if not (target / extra.name).exists():
-                shutil.copyfile(extra, target / extra.name)
-        hf_config = {**read_config(companions), "vocab_size": id_map.vocab_size}
-        write_companions(partial / HF_FOLDER, config=hf_config, source=companions, tokenizer=tokenizer)
-        renumber_companions(partial / HF_FOLDER, id_map)
-        write_latest(partial, None if folder.name == RELEASE else description.step)
+    specs = _spec(source, roles, resized.padded_vocab_size)
+    num_bytes = count_dist_bytes(specs, description.shape.num_layers)
+    if config.dry_run:
+        write_estimate(
+            f"{folder} to {id_map.vocab_size} tokens",
+            source.files,
+            config.output,
+            overwrite=config.overwrite,
+            num_bytes=num_bytes,
+            num_files=-(-num_bytes // _choose_file_bytes(num_bytes)),
+            work_bytes=count_fill_bytes(id_map.pieces, description.shape.hidden_size, _MASTER_BYTES),
+        )
+        return
+    read = [*source.files, tokenizer.folder / MAP_FILE]
+    sizes = (slices.SLICE_BYTES, slices.CHUNK_BYTES)
+    plan = fingerprint_plan("megatron", resized.to_dict(), config.settings, sizes, files=read)
+    with continue_folder(config.output, overwrite=config.overwrite, plan=plan, num_bytes=num_bytes) as partial:
+        target = partial.folder / (folder.name if opened.is_own else RELEASE)
+        target.mkdir(exist_ok=True)
+        num_layers = description.shape.num_layers
+        _write_tensors(source, target, specs, roles, id_map, config.settings.method, num_layers, partial)
+        _write_small_files(opened, target, resized, tokenizer, id_map)
         counts = {
             "base_vocab_size": id_map.base_vocab_size,
             "vocab_size": id_map.vocab_size,
@@ -115,10 +138,31 @@ def resize_megatron(config: ResizeVocab) -> None:
             "new_rows": len(id_map.pieces),
             "matrices": sum(role != "copied" for role in roles.values()),
         }
-        write_stage(partial / STAGE_FILE, config=config, inputs=[folder, config.tokenizer], counts=counts)
+        write_stage(partial.folder / STAGE_FILE, config=config, inputs=[folder, config.tokenizer], counts=counts)
     _logger.info(
         "%s: %d matrices of %d rows, %d new", config.output, counts["matrices"], id_map.vocab_size, len(id_map.pieces)
     )
+
+
+def _write_small_files(
+    opened: OpenedCheckpoint, target: Path, resized: Description, tokenizer: LoadedTokenizer, id_map: IdMap
+) -> None:
+    """Write what says what the tensors are, beside them and in the root."""
+    write_description(target, resized)
+    for extra in sorted(opened.folder.glob("*.json")) if opened.is_own else []:
+        if extra.name == TRAINING_FILE:
+            # Text is tokenised anew: where the run stood in its token files says nothing any more.
+            training = {name: value for name, value in read_json(extra).items() if name != "cursors"}
+            write_json(target / extra.name, {**training, "tokenizer_fingerprint": tokenizer.fingerprint})
+        elif extra.name not in (FORMAT_FILE, DESCRIPTION_FILE, PLAN_FILE):
+            shutil.copyfile(extra, target / extra.name)
+    root, named = target.parent, {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    # A config that was made of the settings of a run may name no ids; all are renumbered below.
+    ids = {name: id_map.old_id(index) for name, index in named.items() if index is not None}
+    hf_config = {**ids, **opened.hf_config, "vocab_size": id_map.vocab_size}
+    write_companions(root / HF_FOLDER, config=hf_config, source=opened.companions, tokenizer=tokenizer)
+    renumber_companions(root / HF_FOLDER, id_map)
+    write_latest(root, None if target.name == RELEASE else resized.step)
 
 
 def _find_role(key: str, matrices: set[str], where: Path) -> Role:
@@ -137,42 +181,90 @@ def _find_role(key: str, matrices: set[str], where: Path) -> Role:
     )
 
 
-def _write_tensors(
-    source: DistReader, target: Path, roles: dict[str, Role], id_map: IdMap, padded_size: int, method: str
-) -> None:
+def _spec(source: Source, roles: dict[str, Role], padded_size: int) -> dict[str, TensorSpec]:
+    """Return the tensors of the output, by key."""
     specs = {}
     for key, role in roles.items():
         shape = source.shape(key)
         assert shape is not None, key
         specs[key] = TensorSpec(shape if role == "copied" else (padded_size, *shape[1:]), source.dtype(key))
-    total = sum(spec.num_bytes for spec in specs.values()) / 1e6
-    with show_progress("resizing", total, "MB") as advance, DistWriter(target, specs) as writer:
+    return specs
+
+
+def _write_tensors(
+    source: Source,
+    target: Path,
+    specs: dict[str, TensorSpec],
+    roles: dict[str, Role],
+    id_map: IdMap,
+    method: str,
+    num_layers: int,
+    progress: PartialFolder,
+) -> None:
+    total_bytes = sum(spec.num_bytes for spec in specs.values())
+    with DistWriter(target, specs, _choose_file_bytes(total_bytes)) as writer:
         for key, spec in specs.items():
-            if roles[key] == "copied":
-                _copy_tensor(source, writer, key, spec, advance)
-            else:
-                _write_matrix(source, writer, key, spec, id_map, method if roles[key] == "filled" else None, advance)
-        for key in source.object_keys:
-            writer.copy_object(key, source)
-        writer.write_common(source.read_common())
+            for offsets, sizes in _list_chunks(spec, roles[key]):
+                writer.reserve(key, offsets, sizes)
+
+        def write_matrix(key: str) -> None:
+            _write_matrix(source, writer, key, specs[key], id_map, method if roles[key] == "filled" else None)
+
+        def copy_part(part: Part, buffer: torch.Tensor) -> int:
+            values = source.read(part.name, part.offsets, part.sizes, buffer)
+            writer.write_values(part.name, part.chunk, part.start, values)
+            return values.nbytes
+
+        write_model(
+            writer,
+            matrices={key: spec for key, spec in specs.items() if roles[key] != "copied"},
+            write_matrix=write_matrix,
+            parts=[part for key, spec in specs.items() if roles[key] == "copied" for part in _list_parts(key, spec)],
+            copy_part=copy_part,
+            total_bytes=total_bytes,
+            progress=progress,
+        )
+        if isinstance(source, DistReader):
+            for key in source.object_keys:
+                writer.copy_object(key, source)
+            writer.write_common(source.read_common())
+        else:
+            for key in list_extra_states(num_layers):
+                writer.write_object(key, None)
+            writer.write_common({"iteration": 0, "checkpoint_version": 3.0})
 
 
-def _copy_tensor(source: DistReader, writer: DistWriter, key: str, spec: TensorSpec, advance: Advance) -> None:
+def _choose_file_bytes(num_bytes: int) -> int:
+    """Return when to close a file of the output and begin another."""
+    return max(MAX_FILE_BYTES, num_bytes // _MAX_FILES)
+
+
+def _list_chunks(spec: TensorSpec, role: Role) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Cut a tensor into the chunks of the output."""
+    if role == "copied":
+        yield from list_boxes(spec, slices.CHUNK_BYTES)
+        return
     for start, stop in list_row_blocks(spec):
-        offsets = (start, *[0] * (len(spec.shape) - 1))
-        rows = source.read(key, offsets, (stop - start, *spec.shape[1:]))
-        writer.write(key, offsets, rows)
-        advance(rows.nbytes / 1e6)
+        yield (start, 0), (stop - start, spec.shape[1])
+
+
+def _list_parts(key: str, spec: TensorSpec) -> Iterator[Part]:
+    """Cut the chunks of a tensor that is copied into parts."""
+    for chunk, sizes in _list_chunks(spec, "copied"):
+        start = 0
+        for offsets, part in list_boxes(TensorSpec(sizes, spec.dtype), slices.SLICE_BYTES):
+            begin = tuple(one + other for one, other in zip(chunk, offsets, strict=True))
+            yield Part(key, begin, part, chunk, start)
+            start += math.prod(part)
 
 
 def _write_matrix(
-    source: DistReader,
+    source: Source,
     writer: DistWriter,
     key: str,
     spec: TensorSpec,
     id_map: IdMap,
     method: str | None,
-    advance: Advance,
 ) -> None:
     """Write one vocabulary matrix; ``method`` None fills new rows and padding with zeros."""
     width = spec.shape[1]
@@ -192,8 +284,7 @@ def _write_matrix(
             rows_NH[upcoming[0] - start] = upcoming[1].to(spec.dtype)
             upcoming = next(new_rows, None)
         rows_NH[max(0, id_map.vocab_size - start) :] = padding_H.to(spec.dtype)
-        writer.write(key, (start, 0), rows_NH)
-        advance(rows_NH.nbytes / 1e6)
+        writer.write_values(key, (start, 0), 0, rows_NH)
 
 
 def _iterate_rows(method: str, base: _MatrixRows, id_map: IdMap) -> Iterator[tuple[int, torch.Tensor]]:

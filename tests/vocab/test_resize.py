@@ -9,6 +9,7 @@ from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.hf import HFFolder, HFWriter
 from megatron_adapt.config import ConvertCheckpoint, ResizeVocab, VocabSettings
 from megatron_adapt.errors import CheckpointError, ConfigError, DataError
+from megatron_adapt.vocab import resize
 from megatron_adapt.vocab.resize import resize_vocab
 from tests.helpers.tiny import write_byte_tokenizer, write_extended_tokenizer, write_llama
 
@@ -191,18 +192,13 @@ def test_an_existing_output_is_kept_unless_told_otherwise(tmp_path, model, token
     _resize(model, tokenizer, tmp_path / "out", overwrite=True)
 
 
-def test_a_resize_that_dies_halfway_leaves_nothing(tmp_path, model, tokenizer, monkeypatch):
-    write_rows, calls = HFWriter.write_rows, []
+def test_a_mistake_found_late_leaves_nothing(tmp_path, model, tokenizer, monkeypatch):
+    def refuse(*args):
+        raise CheckpointError("x: wrong")
 
-    def write_some(*args):
-        calls.append(args)
-        if len(calls) > 3:
-            raise KeyboardInterrupt
-        write_rows(*args)
-
-    monkeypatch.setattr(HFWriter, "write_rows", write_some)
+    monkeypatch.setattr(resize, "renumber_companions", refuse)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(CheckpointError, match="x: wrong"):
         _resize(model, tokenizer, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
 
