@@ -34,6 +34,8 @@ class StageSettings:
     "Begin each source where the stages before stopped reading it; otherwise read it in a new order from its start."
     trainable: Literal["embeddings", "all"] = "all"
     "embeddings: input embedding and output head only; all: every parameter."
+    carry_optimizer: bool = False
+    "Begin with the moments and fp32 masters of the checkpoint the stage starts from, too; the same parameters learn."
     lr: float = 1e-4
     "Peak learning rate."
     min_lr: float = 0.0

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_adapt.checkpoint.root import HF_FOLDER, LATEST_FILE, Description, find_checkpoint, read_description
-from megatron_adapt.config import TrainSettings
+from megatron_adapt.config import StageSettings, TrainSettings
 from megatron_adapt.data.dataset import BlendedWindows, ValidationWindows
 from megatron_adapt.data.index import bin_path
 from megatron_adapt.data.megatron_blend import MegatronWindows
@@ -113,6 +113,8 @@ def open_inputs(recipe: Recipe, stage_name: str) -> StageInputs:
         seq_length=settings.seq_length,
         padded_vocab_size=description.padded_vocab_size,
     )
+    if place.settings.carry_optimizer:
+        _check_optimizer(initial, place.settings, settings)
     plan = _plan(recipe, place)
     blend = _open_blend(settings, place, plan)
     _check_data(place, blend.sources)
@@ -155,6 +157,25 @@ def _plan(recipe: Recipe, place: StagePlace) -> BlendPlan:
     remedy = f"add --train.continue-blend to go on behind what was read, or remove {root} to start again"
     check_same(trained, plan, str(folder), remedy)
     return plan
+
+
+def _check_optimizer(initial: Path, stage: StageSettings, train: TrainSettings) -> None:
+    """Refuse to carry an optimizer that is not there, or of another set of parameters."""
+    where = f"train.stages {stage.name}: carry_optimizer"
+    if not (initial / TRAINING_FILE).is_file():
+        raise CheckpointError(f"{where}: {initial} holds weights alone; leave it out, or start from a training run")
+    saved = read_json(initial / TRAINING_FILE)
+    asked = {
+        "trainable": stage.trainable,
+        "bf16": train.bf16,
+        "use_distributed_optimizer": train.use_distributed_optimizer,
+    }
+    for name, value in asked.items():
+        if saved.get(name) != value:
+            raise CheckpointError(
+                f"{where}: {initial} was trained with {name} {saved.get(name)}, now it is {value}; its optimizer does "
+                "not fit, leave the setting out or train alike"
+            )
 
 
 def _check_data(place: StagePlace, sources: Mapping[str, Source]) -> None:

@@ -40,7 +40,7 @@ from megatron_adapt.shape import check_launch
 from megatron_adapt.train.documents import mask_eod
 from megatron_adapt.train.inputs import StageInputs, open_inputs
 from megatron_adapt.train.optimizer import Trainer, build_trainer
-from megatron_adapt.train.state import load_state, save_state
+from megatron_adapt.train.state import load_state, load_trainer, save_state
 from megatron_adapt.train.step import StepReport, measure_bits_per_byte, train_step
 
 _logger = logging.getLogger(__name__)
@@ -91,7 +91,9 @@ def run_stage(trainer: Trainer, inputs: StageInputs) -> None:
     """Load weights or the state of an earlier launch, run the steps, record the finished stage."""
     plan, settings = inputs.blend.plan, inputs.settings
     first = load_state(inputs.root, trainer, inputs.training)
-    if first == 0:
+    if first == 0 and inputs.place.settings.carry_optimizer:
+        load_trainer(inputs.initial, trainer)
+    elif first == 0:
         load_weights([trainer.bare_model], inputs.initial)
         trainer.optimizer.reload_model_params()
     if is_main_rank():

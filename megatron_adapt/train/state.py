@@ -102,15 +102,25 @@ def load_state(root: Path, trainer: Trainer, training: Mapping[str, Any]) -> int
                 f"{folder}: saved with {name} {saved.get(name)}, now it is {value}; "
                 f"restore the setting or the files, or remove {root} to start the stage again"
             )
+    load_trainer(folder, trainer)
+    step = read_description(folder).step
+    trainer.schedule.step(increment=step)
+    _logger.info("continuing after step %d of %s", step, folder)
+    return step
+
+
+def load_trainer(folder: Path, trainer: Trainer) -> None:
+    """Load weights, masters and moments; the schedule stays where it is.
+
+    Args:
+        folder: iteration that ``save_state`` wrote, of a run that trained the same parameters in the same types.
+        trainer: freshly built.
+    """
     state = _sharded_state(trainer, is_loading=True)
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _data_parallel_group())
     loaded = dist_checkpointing.load(state, str(folder), strategy)
     trainer.bare_model.load_state_dict(loaded["model"])
     _load_optimizer(trainer.optimizer, loaded["optimizer"])
-    step = read_description(folder).step
-    trainer.schedule.step(increment=step)
-    _logger.info("continuing after step %d of %s", step, folder)
-    return step
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, saved: Any) -> None:
