@@ -51,6 +51,16 @@ class PreprocessData:
     plain_text: PlainText = "none"
     """What a document is in files of plain text: the whole file, or paragraphs, which blank lines separate. none: there
     are no such files."""
+    split_sentences: bool = False
+    """Write every sentence as a sequence of its document in PREFIX.idx, as Megatron-LM does, each encoded by itself;
+    white space between sentences is dropped. The end-of-document token follows the last one."""
+    keep_newlines: bool = False
+    """With --split-sentences: keep the white space between sentences, newlines and blanks, at the end of the first; a
+    document read end to end is its text."""
+    lang: str = "learned"
+    """With --split-sentences, where the abbreviations come from: learned, by Punkt from the input itself (its first
+    50 MB; kept as PREFIX.sentences.json); such a FILE.json, to cut other data alike; or a language of an installed
+    nltk_data, such as english. Nothing is downloaded."""
     overwrite: bool = False
     "Replace the output files if they exist, and an unfinished run that cannot be continued."
     settings: DataSettings = field(default_factory=lambda: DataSettings(append_eod=False))
@@ -61,3 +71,11 @@ class PreprocessData:
         require(not twice, f"--json-keys: {', '.join(twice)} twice; name each key once")
         for key in self.json_keys:
             require("/" not in key or len(self.json_keys) == 1, f"--json-keys: {key!r} is no part of a file name")
+        require(bool(self.lang), "--lang: empty; name learned, a language of nltk_data or a FILE.json")
+        for flag, is_set in (("--keep-newlines", self.keep_newlines), ("--lang", self.lang != "learned")):
+            require(self.split_sentences or not is_set, f"{flag}: does nothing by itself; add --split-sentences")
+        require(
+            not (self.split_sentences and self.settings.prompt_key),
+            f"--split-sentences: a prompt ({self.settings.prompt_key!r}) is encoded as one with its text, sentences by "
+            "themselves; leave out --prompt-key",
+        )

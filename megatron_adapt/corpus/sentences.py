@@ -6,7 +6,8 @@ places before white space. Marks that end a sentence and nothing else end one wh
 Japanese and Chinese, the danda of Hindi, the Arabic question mark, every character that Unicode calls
 Sentence_Terminal but ``.``, ``?`` and ``!``.
 
-Guarantee: the sentences, end to end, are the text; white space between two belongs to the first.
+Guarantees: the sentences, end to end, are the text; white space between two belongs to the first, and none is white
+space alone. What is learned depends on the texts and their order alone.
 
 1. ``learn_splitter`` reads texts; or ``read_splitter`` what was learned before, or what nltk_data has of a language.
 2. ``SentenceSplitter.split`` cuts at blank lines and plain marks, and by Punkt in between.
@@ -17,6 +18,7 @@ Costs: learning about 1 MB of text a second, splitting about 3.
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import nltk
 import regex
@@ -26,8 +28,9 @@ from megatron_adapt.errors import ConfigError, DataError
 from megatron_adapt.files import read_json, write_json
 from megatron_adapt.logs import show_progress
 
-# A mark that can end nothing but a sentence, with the closing quotes and brackets behind it; or a blank line.
-_PLAIN_END = regex.compile(r"(?:[\p{Sentence_Terminal}--.?!]+[\p{Pe}\p{Pf}\"']*\s*|\s*\n\s*\n\s*)", regex.V1)
+# A mark that can end nothing but a sentence, with the closing quotes and brackets behind it; or a blank line, which is
+# looked for once in a run of white space, or a long run would take the square of its length.
+_PLAIN_END = regex.compile(r"(?:[\p{Sentence_Terminal}--.?!]+[\p{Pe}\p{Pf}\"']*\s*|(?<!\s)\s*\n\s*\n\s*)", regex.V1)
 
 
 class SentenceSplitter:
@@ -42,7 +45,11 @@ class SentenceSplitter:
         sentences: list[str] = []
         start = 0
         for end in [*(found.end() for found in _PLAIN_END.finditer(text)), len(text)]:
-            sentences += self._split_part(text[start:end])
+            for sentence in self._split_part(text[start:end]):
+                if sentences and (sentence.isspace() or sentences[-1].isspace()):
+                    sentences[-1] += sentence
+                else:
+                    sentences.append(sentence)
             start = end
         return sentences
 
@@ -73,16 +80,7 @@ def learn_splitter(texts: Iterable[str]) -> SentenceSplitter:
 
 def write_splitter(splitter: SentenceSplitter, path: Path) -> None:
     """Write what was learned as JSON; ``read_splitter`` is the inverse."""
-    parameters = splitter.parameters
-    write_json(
-        path,
-        {
-            "abbrev_types": sorted(parameters.abbrev_types),
-            "collocations": sorted(map(list, parameters.collocations)),
-            "sent_starters": sorted(parameters.sent_starters),
-            "ortho_context": dict(sorted(parameters.ortho_context.items())),
-        },
-    )
+    write_json(path, export_parameters(splitter))
 
 
 def read_splitter(path: Path) -> SentenceSplitter:
@@ -91,7 +89,26 @@ def read_splitter(path: Path) -> SentenceSplitter:
     Raises:
         DataError: the file is missing or was not written by it.
     """
-    content = read_json(path)
+    return import_parameters(read_json(path), str(path))
+
+
+def export_parameters(splitter: SentenceSplitter) -> dict[str, Any]:
+    """Return what was learned as JSON knows it, sorted; ``import_parameters`` is the inverse."""
+    parameters = splitter.parameters
+    return {
+        "abbrev_types": sorted(parameters.abbrev_types),
+        "collocations": sorted(map(list, parameters.collocations)),
+        "sent_starters": sorted(parameters.sent_starters),
+        "ortho_context": dict(sorted(parameters.ortho_context.items())),
+    }
+
+
+def import_parameters(content: Any, where: str) -> SentenceSplitter:
+    """Return the splitter of exported parameters.
+
+    Raises:
+        DataError: these are none; ``where`` says what was read.
+    """
     parameters = PunktParameters()
     try:
         parameters.abbrev_types = set(content["abbrev_types"])
@@ -99,7 +116,7 @@ def read_splitter(path: Path) -> SentenceSplitter:
         parameters.sent_starters = set(content["sent_starters"])
         parameters.ortho_context.update({word: int(flags) for word, flags in content["ortho_context"].items()})
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise DataError(f"{path}: no parameters of a sentence splitter; learn them again") from None
+        raise DataError(f"{where}: no parameters of a sentence splitter; learn them again") from None
     return SentenceSplitter(parameters)
 
 

@@ -6,7 +6,8 @@ Guarantees: documents keep their order; the output is the same byte for byte for
 size of the chunks, and however often the run was killed and started again; the first mistake stops the work with one
 line that names file and line; documents of white space alone are left out and counted. Ids are those of the tokenizer
 with its default special tokens (as in Megatron-LM's ``preprocess_data.py``), then the end-of-document token if asked
-for.
+for. With ``split_sentences`` documents are sequences of sentences, each encoded by itself; PREFIX.sentences.json holds
+what was learned to cut them (split.py).
 
 Method:
 1. ``cut_files`` (corpus/chunks.py) cuts the input; workers (worker.py) encode chunks and write parts.
@@ -16,7 +17,8 @@ Method:
 4. ``publish`` moves the joined files to their places, their documents shuffled where that was asked for.
 
 Costs: the parent appends ready files, at the speed of the disk; a compressed file is decompressed by the parent alone,
-at about 500 MB/s (zstd) or 250 MB/s (gzip). Memory: per worker the tokenizer, its caches and a chunk of 16 MiB at most.
+at about 500 MB/s (zstd) or 250 MB/s (gzip). Memory does not grow with the input, but with its longest document: per
+worker the tokenizer, its caches (backend.py) and three chunks of 4 MiB at most; a kilobyte a chunk in the parent.
 """
 
 import hashlib
@@ -25,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -51,11 +53,14 @@ from megatron_adapt.data.run import InputChangedError, Run, write_error
 from megatron_adapt.data.shards import Joiner, publish
 from megatron_adapt.data.worker import Job
 from megatron_adapt.errors import ConfigError, DataError
-from megatron_adapt.files import replace_file, write_stage
+from megatron_adapt.files import replace_file, write_json, write_stage
 from megatron_adapt.logs import show_progress
 from megatron_adapt.tokenizer.pieces import LoadedTokenizer, read_tokenizer
 
-_MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 1 << 18, 16 << 20
+if TYPE_CHECKING:  # nltk takes half a second to import
+    from megatron_adapt.data.split import Splitter
+
+_MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 1 << 18, 4 << 20
 _CHUNKS_PER_WORKER = 16
 "Enough that no worker waits long for the last one."
 _SAMPLE_TEXTS, _SAMPLE_CHARACTERS = 64, 2000
@@ -102,10 +107,12 @@ def _preprocess(config: PreprocessData, backend: WantedBackend, *, begin_anew: b
             job = _make_job(config, backend, tokenizer, eod_id, folder)
             header = _make_header(config, job)
             with closing(open_manifest(folder, header, discard=config.overwrite)) as manifest:
+                if job.splitter:
+                    _keep_splitter(job.splitter, folder)
                 skipped_lines = _encode(config, workers, tokenizer, job, manifest)
                 records = _count(config, tokenizer, manifest)
                 publish(manifest, list(_name_outputs(config).values()), np.dtype(job.dtype))
-            _write_records(config, records, skipped_lines, job.backend)
+            _write_records(config, records, skipped_lines, job)
             remove_folder(folder)
     return records
 
@@ -118,8 +125,8 @@ def _name_outputs(config: PreprocessData) -> dict[str, Path]:
     return {key: prefix.with_name(f"{prefix.name}_{key}") for key in config.json_keys}
 
 
-def _skipped_path(config: PreprocessData) -> Path:
-    return config.output_prefix.with_name(f"{config.output_prefix.name}.skipped.txt")
+def _path_beside(config: PreprocessData, ending: str) -> Path:
+    return config.output_prefix.with_name(f"{config.output_prefix.name}.{ending}")
 
 
 def _refuse_existing(config: PreprocessData, folder: Path) -> None:
@@ -166,7 +173,20 @@ def _make_job(
         json_keys=config.json_keys,
         prompt_key=config.settings.prompt_key,
         skip_errors=config.settings.on_error == "skip",
+        splitter=_choose_splitter(config, folder) if config.split_sentences else None,
     )
+
+
+def _choose_splitter(config: PreprocessData, folder: Path) -> "Splitter":
+    from megatron_adapt.data.split import choose_splitter
+
+    return choose_splitter(config, folder)
+
+
+def _keep_splitter(splitter: "Splitter", folder: Path) -> None:
+    from megatron_adapt.data.split import keep_splitter
+
+    keep_splitter(splitter, folder)
 
 
 def _sample_texts(config: PreprocessData) -> Iterator[str]:
@@ -183,13 +203,16 @@ def _make_header(config: PreprocessData, job: Job) -> dict[str, Any]:
     if config.settings.partitions:
         smallest, num_chunks = 1, config.settings.partitions
     return {
-        "format": 3,
+        "format": 4,
         "tokenizer": _hash_text(job.tokenizer_json),
         "eod_id": job.eod_id,
         "json_keys": list(job.json_keys),
         "prompt_key": job.prompt_key,
         "shuffle_seed": config.settings.shuffle_seed,
         "plain_text": config.plain_text,
+        "split_sentences": config.split_sentences,
+        "keep_newlines": config.keep_newlines,
+        "lang": job.splitter.hash_parameters() if job.splitter else None,
         "backend": job.backend,
         "chunk_bytes": min(max(total // num_chunks, smallest), _MAX_CHUNK_BYTES),
     }
@@ -250,15 +273,19 @@ def _count(config: PreprocessData, tokenizer: LoadedTokenizer, manifest: Manifes
 
 
 def _write_records(
-    config: PreprocessData, records: dict[str, TokensRecord], skipped_lines: list[str], backend: str
+    config: PreprocessData, records: dict[str, TokensRecord], skipped_lines: list[str], job: Job
 ) -> None:
-    path = _skipped_path(config)
+    path, learned = _path_beside(config, "skipped.txt"), _path_beside(config, "sentences.json")
     path.unlink(missing_ok=True)
+    if job.splitter and job.splitter.saved_as:
+        write_json(learned, job.splitter.parameters)
+    elif Path(config.lang).absolute() != learned.absolute():
+        learned.unlink(missing_ok=True)
     if skipped_lines:
         with replace_file(path) as partial:
             partial.write_text("".join(f"{line}\n" for line in skipped_lines), encoding="utf-8")
         _logger.warning("%s: %d lines were left out; they are listed there", path, len(skipped_lines))
     inputs = [*config.input, config.tokenizer]
     for key, prefix in _name_outputs(config).items():
-        counts = {**asdict(records[key]), "skipped_lines": len(skipped_lines), "backend": backend}
+        counts = {**asdict(records[key]), "skipped_lines": len(skipped_lines), "backend": job.backend}
         write_stage(record_path(prefix), config=config, inputs=inputs, counts=counts)

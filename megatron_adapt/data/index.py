@@ -3,12 +3,13 @@
 ``.bin`` holds the ids of all documents end to end. ``.idx``, little endian: 9 bytes ``MMIDIDX``, version (u64, 1),
 type code (u8), number of sequences (u64), length of the last table (u64); then per sequence its length (i32) and its
 first byte in ``.bin`` (i64), then the sequence at which each document begins, with the end appended (i64).
-The files this writer makes have one sequence a document; the reader takes several.
+A sequence is a document, or a sentence of one (``preprocess_data --split-sentences``).
 
 Guarantees: megatron-core's ``IndexedDataset`` reads the files back equal; they appear whole: ``.idx`` last, and
 a ``.bin`` without it counts as nothing. Ids are ``uint16`` below a vocabulary of 65500, else ``int32``, as there.
 
-Costs: writing keeps 4 bytes a document in memory; reading maps both files and touches the lengths once.
+Costs: writing keeps 4 bytes a sequence in memory, 12 where they are sentences; reading maps both files and touches the
+lengths once.
 Source of the format: megatron-core 0.16 ``core/datasets/indexed_dataset.py``.
 """
 
@@ -30,7 +31,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 _CODES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
-_BLOCK_DOCUMENTS = 1 << 20
+_BLOCK_SEQUENCES = 1 << 20
 _REMEDY = "tokenise the corpus again with tools/preprocess_data.py"
 
 
@@ -55,27 +56,34 @@ class TokensWriter:
     def __init__(self, file: BinaryIO, dtype: np.dtype[Any]) -> None:
         self._file = file
         self._lengths: list[NDArray[np.int32]] = []
+        self._firsts: list[NDArray[np.int64]] = []
         self.dtype = dtype
         self.num_tokens = 0
-        self.num_documents = 0
+        self.num_sequences = 0
 
-    def add_documents(self, ids_N: NDArray[Any], lengths_D: NDArray[np.int32]) -> None:
-        """Append D documents.
+    def add_documents(
+        self, ids_N: NDArray[Any], lengths_S: NDArray[np.int32], firsts_D: NDArray[np.int64] | None = None
+    ) -> None:
+        """Append documents of S sequences.
 
         Args:
             ids_N: their ids end to end, of the writer's type.
-            lengths_D: ids in each; the sum is N.
+            lengths_S: ids in each sequence; the sum is N.
+            firsts_D: first of these sequences of each document, in all calls or none; None: each is a document.
         """
         assert ids_N.dtype == self.dtype
-        assert int(lengths_D.sum(dtype=np.int64)) == len(ids_N)
+        assert int(lengths_S.sum(dtype=np.int64)) == len(ids_N)
         self._file.write(np.ascontiguousarray(ids_N).data)
-        self._lengths.append(lengths_D.astype(np.int32))
+        self._lengths.append(lengths_S.astype(np.int32))
+        if firsts_D is not None:
+            self._firsts.append(firsts_D + self.num_sequences)
         self.num_tokens += len(ids_N)
-        self.num_documents += len(lengths_D)
+        self.num_sequences += len(lengths_S)
 
-    def all_lengths(self) -> NDArray[np.int32]:
-        """Return the lengths of all documents so far."""
-        return np.concatenate([np.empty(0, np.int32), *self._lengths])
+    def write_index(self, path: Path) -> None:
+        """Write the index of all documents so far."""
+        documents_D1 = np.concatenate([*self._firsts, [self.num_sequences]]) if self._firsts else None
+        write_index(path, np.concatenate([np.empty(0, np.int32), *self._lengths]), self.dtype, documents_D1)
 
 
 @contextmanager
@@ -89,17 +97,27 @@ def write_tokens(prefix: Path, vocab_size: int) -> Iterator[TokensWriter]:
         with data.open("wb") as file:
             writer = TokensWriter(file, dtype)
             yield writer
-        write_index(idx, writer.all_lengths(), dtype)
+        writer.write_index(idx)
         idx_path(prefix).unlink(missing_ok=True)
 
 
-def write_index(path: Path, lengths_D: NDArray[np.int32], dtype: np.dtype[Any]) -> None:
-    """Write the index of documents of one sequence each; ``lengths_D`` may be a mapped file of any size."""
+def write_index(
+    path: Path, lengths_S: NDArray[np.int32], dtype: np.dtype[Any], documents_D1: NDArray[np.int64] | None = None
+) -> None:
+    """Write an index.
+
+    Args:
+        path: the file.
+        lengths_S: tokens of each sequence; may be a mapped file of any size.
+        dtype: type of an id.
+        documents_D1: first sequence of each document, and the number of sequences; None: each is a document.
+    """
     code = next(code for code, known in _CODES.items() if known == dtype)
-    num_documents = len(lengths_D)
-    blocks = [lengths_D[at : at + _BLOCK_DOCUMENTS] for at in range(0, num_documents, _BLOCK_DOCUMENTS)]
+    num_sequences = len(lengths_S)
+    num_starts = num_sequences + 1 if documents_D1 is None else len(documents_D1)
+    blocks = [lengths_S[at : at + _BLOCK_SEQUENCES] for at in range(0, num_sequences, _BLOCK_SEQUENCES)]
     with path.open("wb") as file:
-        file.write(_HEADER.pack(_MAGIC, _VERSION, code, num_documents, num_documents + 1))
+        file.write(_HEADER.pack(_MAGIC, _VERSION, code, num_sequences, num_starts))
         for block in blocks:
             file.write(block.astype("<i4").data)
         start = 0
@@ -107,8 +125,10 @@ def write_index(path: Path, lengths_D: NDArray[np.int32], dtype: np.dtype[Any]) 
             ends = start + np.cumsum(block, dtype=np.int64)
             file.write(((ends - block) * dtype.itemsize).astype("<i8").data)
             start = int(ends[-1])
-        for at in range(0, num_documents + 1, _BLOCK_DOCUMENTS):
-            file.write(np.arange(at, min(at + _BLOCK_DOCUMENTS, num_documents + 1), dtype="<i8").data)
+        for at in range(0, num_starts, _BLOCK_SEQUENCES):
+            end = min(at + _BLOCK_SEQUENCES, num_starts)
+            places = np.arange(at, end) if documents_D1 is None else documents_D1[at:end]
+            file.write(places.astype("<i8").data)
 
 
 @dataclass(frozen=True)
@@ -135,10 +155,18 @@ class TokensFile:
         """Documents, empty ones included."""
         return len(self.documents_D1) - 1
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in all documents."""
+        return len(self.pointers_S)
+
+    def sequence_starts(self) -> NDArray[np.int64]:
+        """Return the first token of each sequence and the number of tokens, ``[S + 1]``."""
+        return np.append(self.pointers_S // self.tokens_N.itemsize, self.num_tokens)
+
     def starts(self) -> NDArray[np.int64]:
         """Return the first token of each document and the number of tokens: prefix sums of lengths, ``[D + 1]``."""
-        sequences_S1 = np.append(self.pointers_S // self.tokens_N.itemsize, self.num_tokens)
-        starts_D1: NDArray[np.int64] = sequences_S1[self.documents_D1]
+        starts_D1: NDArray[np.int64] = self.sequence_starts()[self.documents_D1]
         return starts_D1
 
     def lengths(self) -> NDArray[np.int64]:

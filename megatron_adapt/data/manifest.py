@@ -26,11 +26,13 @@ _LOCK = "lock"
 _FINISHED = {"finished": True}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PartCounts:
     """What one part holds: the documents of one chunk under one key."""
 
     documents: int
+    sequences: int
+    "Rows of the table: sentences, or documents where they are not cut."
     skipped_documents: int
     "Empty ones, left out."
     tokens: int
@@ -40,7 +42,7 @@ class PartCounts:
     "CRC-32 of the part's file."
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkRow:
     """A finished chunk of the input."""
 

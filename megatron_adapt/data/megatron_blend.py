@@ -45,7 +45,8 @@ class MegatronWindows:
             cache: folder for the builder's index files, used where torch.distributed is initialised.
 
         Raises:
-            ConfigError: the plan begins where another stage stopped, or a source has prompts, which this order cannot.
+            ConfigError: the plan begins where another stage stopped, or a source has prompts or documents of
+                several sentences, which this order cannot.
             DataError: as ``open_sources``.
         """
         if plan.aligned:
@@ -62,6 +63,12 @@ class MegatronWindows:
         if with_prompts:
             raise ConfigError(
                 f"train.blend_engine: megatron trains on prompts too, and {', '.join(with_prompts)} has some; use adapt"
+            )
+        cut = [name for name, item in self.sources.items() if item.file.num_sequences != item.file.num_documents]
+        if cut:
+            raise ConfigError(
+                "train.blend_engine: megatron shuffles sentences apart where documents are cut into them "
+                f"(--split-sentences), as in {', '.join(cut)}; use adapt"
             )
         read = zip(plan.sources, plan.windows, strict=True)
         self._prefixes = [str(prefixes[source]) for source, count in read if count]

@@ -1,7 +1,7 @@
 """Join tokenised data: the documents of several prefixes behind one another under a new one.
 
 Guarantees: the result is what ``tools/preprocess_data.py`` would write for all inputs in this order; data of different
-tokenizers, or with and without end-of-document tokens, do not mix.
+tokenizers, with and without end-of-document tokens, or with documents whole and cut into sentences do not mix.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import numpy as np
 from megatron_adapt.config import MergeTokens
 from megatron_adapt.data.index import TokensFile, TokensWriter, idx_path, read_tokens, write_tokens
 from megatron_adapt.data.prompts import join_prompts
-from megatron_adapt.data.record import read_appended_eod, read_record, record_path
+from megatron_adapt.data.record import read_appended_eod, read_cut, read_record, record_path
 from megatron_adapt.data.sources import check_tokenizers
 from megatron_adapt.errors import ConfigError, DataError
 from megatron_adapt.files import write_stage
@@ -43,6 +43,13 @@ def merge_tokens(config: MergeTokens) -> None:
                 f"{prefix}: its documents end with token {endings[prefix]}, those of {first} with {endings[first]}; "
                 "tokenise both with or without --append-eod"
             )
+    cuts = {prefix: read_cut(prefix) for prefix in config.prefix}
+    for prefix in others:
+        if cuts[prefix] != cuts[first]:
+            raise DataError(
+                f"{prefix}: made with {_name_cut(cuts[prefix])}, {first} with {_name_cut(cuts[first])}; tokenise both "
+                "with the same settings"
+            )
     total = sum(record.tokens for record in records.values()) / 1e6
     vocab_size = records[first].vocab_size
     files = [read_tokens(prefix) for prefix in config.prefix]
@@ -55,15 +62,22 @@ def merge_tokens(config: MergeTokens) -> None:
         name: sum(getattr(record, name) for record in records.values())
         for name in ("documents", "skipped_documents", "tokens", "bytes")
     }
-    asked = {"prefix": list(map(str, config.prefix)), "settings": {"append_eod": endings[first] is not None}}
+    settings = {"append_eod": endings[first] is not None}
+    asked = {"prefix": list(map(str, config.prefix)), **cuts[first], "settings": settings}
     inputs = [record_path(prefix) for prefix in config.prefix]
     write_stage(record_path(output), config=asked, inputs=inputs, counts={**asdict(records[first]), **sums})
 
 
+def _name_cut(cut: dict[str, bool]) -> str:
+    return ", ".join(f"{name} = {str(is_set).lower()}" for name, is_set in cut.items())
+
+
 def _append(file: TokensFile, writer: TokensWriter) -> Iterator[int]:
     """Append a file's documents; yield the tokens written after every block."""
-    starts_D1 = file.starts()
-    for first in range(0, file.num_documents, _BLOCK_DOCUMENTS):
-        bounds = starts_D1[first : first + _BLOCK_DOCUMENTS + 1]
-        writer.add_documents(file.tokens_N[bounds[0] : bounds[-1]], np.diff(bounds).astype(np.int32))
+    starts_S1 = file.sequence_starts()
+    for at in range(0, file.num_documents, _BLOCK_DOCUMENTS):
+        firsts = file.documents_D1[at : at + _BLOCK_DOCUMENTS + 1]
+        bounds = starts_S1[firsts[0] : firsts[-1] + 1]
+        lengths = np.diff(bounds).astype(np.int32)
+        writer.add_documents(file.tokens_N[bounds[0] : bounds[-1]], lengths, firsts[:-1] - firsts[0])
         yield int(bounds[-1] - bounds[0])

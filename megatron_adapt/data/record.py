@@ -72,6 +72,13 @@ def read_appended_eod(prefix: Path) -> int | None:
     return record.eod_id if isinstance(settings, Mapping) and settings.get("append_eod") else None
 
 
+def read_cut(prefix: Path) -> dict[str, bool]:
+    """Return how the documents of a tokens prefix were cut into sentences: ``split_sentences``, ``keep_newlines``."""
+    config = read_json(record_path(prefix)).get("config")
+    asked = config if isinstance(config, Mapping) else {}
+    return {name: bool(asked.get(name)) for name in ("split_sentences", "keep_newlines")}
+
+
 def data_fingerprint(prefix: Path) -> str:
     """Return a hash of the files' contents (16 samples of 4 KiB each); it does not depend on their place."""
     paths = [idx_path(prefix), bin_path(prefix), prompts_path(prefix)]

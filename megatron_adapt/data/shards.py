@@ -1,7 +1,8 @@
 """Parts of the output that workers write, and the joining of them.
 
-A worker writes one *part* for every chunk and key: the ids of its documents end to end, then a table of the documents,
-their tokens and those of their prompts (i32 each).
+A worker writes one *part* for every chunk and key: the ids of its documents end to end, then a table of their
+sequences (documents, or sentences of them): tokens and those of the prompt (i32 each); -1 in place of the prompt
+marks a sequence that goes on with the document of the one before.
 ``Joiner`` appends the parts, in the order of the chunks, to one file of ids and one table for every key, while the
 workers go on; parts that are joined and on disk are deleted. So the disk holds the output once and a little more, and
 nothing is left to copy at the end.
@@ -13,6 +14,7 @@ Parts are deleted only when the joined files and the manifest are on disk, so th
 
 import os
 import zlib
+from array import array
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,7 +33,8 @@ from megatron_adapt.errors import DataError
 _SYNC_BYTES = 256 << 20
 "Parts are deleted in groups of this size."
 _COPY_BYTES = 1 << 20
-_DOCUMENT = np.dtype([("tokens", "<i4"), ("prompt", "<i4")])
+_SEQUENCE = np.dtype([("tokens", "<i4"), ("prompt", "<i4")])
+_CONTINUES = -1
 
 
 def part_path(folder: Path, number: int, key_at: int) -> Path:
@@ -47,7 +50,9 @@ class PartWriter:
         self._partial = path.with_name(f"{path.name}.{os.getpid()}")
         self._dtype = dtype
         self._ending = np.array(ending, dtype)
-        self._table: list[tuple[int, int]] = []
+        self._table = array("i")
+        "Row after row."
+        self._num_documents = 0
         self._counts = {"skipped_documents": 0, "tokens": 0, "bytes": 0, "checksum": 0}
 
     def __enter__(self) -> "PartWriter":
@@ -58,27 +63,45 @@ class PartWriter:
         self._file.close()
         self._partial.unlink(missing_ok=True)
 
-    def add_documents(self, documents: Sequence[NDArray[Any]], prompts: Sequence[int], num_bytes: int) -> None:
+    def add_documents(
+        self,
+        documents: Sequence[NDArray[Any]],
+        prompts: Sequence[int],
+        num_bytes: int,
+        sentences: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         """Append documents, each with the ending; those without any id are left out.
 
         Args:
             documents: their ids.
             prompts: how many of these are of the prompt.
             num_bytes: bytes of text of all together.
+            sentences: ids in each sentence of each document; those without any are left out. None: they are not cut.
         """
         kept = [ids for ids in documents if len(ids)]
         self.skip_documents(len(documents) - len(kept))
         self._counts["bytes"] += num_bytes
         if not kept:
             return
-        self._table += [
-            (len(ids) + len(self._ending), prompt) for ids, prompt in zip(documents, prompts, strict=True) if len(ids)
-        ]
+        if sentences is None:
+            ending = len(self._ending)
+            pairs = ((ids, prompt) for ids, prompt in zip(documents, prompts, strict=True) if len(ids))
+            self._table.extend(number for ids, prompt in pairs for number in (len(ids) + ending, prompt))
+        else:
+            for lengths in sentences:
+                self._add_sentences([length for length in lengths if length])
+        self._num_documents += len(kept)
         arrays = [array for ids in kept for array in (ids, self._ending)] if len(self._ending) else kept
         ids_N = np.concatenate(arrays)
         assert ids_N.dtype == self._dtype
         self._counts["tokens"] += len(ids_N)
         self._write(ids_N)
+
+    def _add_sentences(self, lengths: list[int]) -> None:
+        mark = 0
+        for at, length in enumerate(lengths, start=1):
+            self._table.extend((length + len(self._ending) * (at == len(lengths)), mark))
+            mark = _CONTINUES
 
     def skip_documents(self, number: int) -> None:
         """Count documents that are left out."""
@@ -86,10 +109,11 @@ class PartWriter:
 
     def finish(self) -> PartCounts:
         """Give the part its name."""
-        self._write(np.array(self._table, _DOCUMENT))
+        table_S = np.array(self._table, "<i4").view(_SEQUENCE)
+        self._write(table_S)
         self._file.close()
         self._partial.replace(self._path)
-        return PartCounts(documents=len(self._table), **self._counts)
+        return PartCounts(documents=self._num_documents, sequences=len(table_S), **self._counts)
 
     def _write(self, array: NDArray[Any]) -> None:
         self._file.write(array.data)
@@ -120,11 +144,11 @@ class Joiner:
                 [
                     stack.enter_context(_open_at(ids_file(self._manifest.folder, at), tokens * self._dtype.itemsize)),
                     stack.enter_context(
-                        _open_at(table_file(self._manifest.folder, at), documents * _DOCUMENT.itemsize)
+                        _open_at(table_file(self._manifest.folder, at), sequences * _SEQUENCE.itemsize)
                     ),
                 ]
                 for at in self._keys
-                for tokens, documents in [_sum_parts(joined, at)]
+                for tokens, sequences in [_sum_parts(joined, at)]
             ]
             self._stack = stack.pop_all()
         return self
@@ -140,7 +164,7 @@ class Joiner:
                 num_bytes = row.parts[at].tokens * self._dtype.itemsize
                 with path.open("rb") as part:
                     _copy(part, self._files[at][0], num_bytes)
-                    _copy(part, self._files[at][1], row.parts[at].documents * _DOCUMENT.itemsize)
+                    _copy(part, self._files[at][1], row.parts[at].sequences * _SEQUENCE.itemsize)
                 self._deletable.append(path)
                 self._deletable_bytes += num_bytes
             self._next += 1
@@ -164,7 +188,7 @@ def ids_file(folder: Path, key_at: int) -> Path:
 
 
 def table_file(folder: Path, key_at: int) -> Path:
-    """Return the joined table of a key's documents."""
+    """Return the joined table of a key's sequences."""
     return folder / f"joined.{key_at}.table"
 
 
@@ -185,8 +209,8 @@ def _prompts_file(folder: Path, key_at: int) -> Path:
 
 
 def _sum_parts(rows: Sequence[ChunkRow], key_at: int) -> tuple[int, int]:
-    """Return tokens and documents."""
-    return sum(row.parts[key_at].tokens for row in rows), sum(row.parts[key_at].documents for row in rows)
+    """Return tokens and sequences."""
+    return sum(row.parts[key_at].tokens for row in rows), sum(row.parts[key_at].sequences for row in rows)
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:
@@ -240,6 +264,12 @@ def _copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
         num_bytes -= len(block)
 
 
+def _find_documents(table: Path) -> NDArray[np.int64]:
+    """Return the first sequence of each document, and the number of sequences."""
+    table_S = np.memmap(table, _SEQUENCE, "r")
+    return np.append(np.flatnonzero(table_S["prompt"] != _CONTINUES), len(table_S))
+
+
 def publish(manifest: Manifest, prefixes: Sequence[Path], dtype: np.dtype[Any]) -> None:
     """Move the joined, synced files of a run to their places, ``.idx`` last; shuffled first if the run asks for it.
 
@@ -250,6 +280,7 @@ def publish(manifest: Manifest, prefixes: Sequence[Path], dtype: np.dtype[Any]) 
     find_ids, find_table = (ids_file, table_file) if seed is None else (_shuffled_ids, _shuffled_table)
     if not manifest.is_finished:
         for at in range(len(prefixes)):
+            is_cut = manifest.header["split_sentences"]
             if seed is not None:
                 shuffle_documents(
                     ids_file(folder, at),
@@ -257,15 +288,17 @@ def publish(manifest: Manifest, prefixes: Sequence[Path], dtype: np.dtype[Any]) 
                     find_ids(folder, at),
                     find_table(folder, at),
                     dtype=dtype,
-                    row=_DOCUMENT,
+                    row=_SEQUENCE,
                     seed=seed,
+                    documents_D1=_find_documents(table_file(folder, at)) if is_cut else None,
                 )
                 _sync(find_ids(folder, at))
-            table_D = np.memmap(find_table(folder, at), _DOCUMENT, "r")
-            write_index(_index_file(folder, at), table_D["tokens"], dtype)
+            table_S = np.memmap(find_table(folder, at), _SEQUENCE, "r")
+            documents_D1 = _find_documents(find_table(folder, at)) if is_cut else None
+            write_index(_index_file(folder, at), table_S["tokens"], dtype, documents_D1)
             _sync(_index_file(folder, at))
-            if table_D["prompt"].any():
-                table_D["prompt"].tofile(_prompts_file(folder, at))
+            if not is_cut and table_S["prompt"].any():
+                table_S["prompt"].tofile(_prompts_file(folder, at))
                 _sync(_prompts_file(folder, at))
         manifest.finish()
     for at, prefix in enumerate(prefixes):

@@ -4,7 +4,8 @@ Started by ``crew.py``, which names the file descriptor of a connection. The wor
 after ``Task``, and answers each; when the connection ends, because the parent was killed, say, so does the worker.
 
 1. ``encode_chunk`` reads the chunk, hashes it and parses its lines.
-2. ``_ChunkEncoder`` encodes batches of a quarter of a megabyte, line by line where the tokenizer fails on one.
+2. ``_ChunkEncoder`` encodes batches of a quarter of a megabyte, line by line where the tokenizer fails on one; with
+   ``--split-sentences`` sentence by sentence (split.py).
 3. ``PartWriter`` writes the ids, a file for every key.
 
 Costs: besides the tokenizer, memory is the chunk and one batch.
@@ -19,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,9 @@ from megatron_adapt.data.backend import Affixes, Backend, Encoder, load_encoder
 from megatron_adapt.data.manifest import ChunkRow
 from megatron_adapt.data.shards import PartWriter, part_path
 from megatron_adapt.errors import DataError
+
+if TYPE_CHECKING:  # nltk takes half a second to import
+    from megatron_adapt.data.split import Cutter, Splitter
 
 _BATCH_BYTES = 1 << 18
 _SAMPLE_CHARACTERS = 2000
@@ -54,6 +58,8 @@ class Job:
     prompt_key: str
     "Key of a text in front of the others; nothing for none."
     skip_errors: bool
+    splitter: "Splitter | None" = None
+    "How documents are cut into sentences; None: they are not."
 
 
 @dataclass(frozen=True)
@@ -117,13 +123,21 @@ Answer = Done | Compared | BadLine | Refused | NotWritten
 Report = Callable[[At], None]
 
 
+class _Encoded(NamedTuple):
+    texts: list[str]
+    "What was encoded: documents, or their sentences."
+    documents: list[NDArray[Any]]
+    sentences: list[list[int]] | None
+    "Ids in each sentence of each document."
+
+
 class _LineError(Exception):
     def __init__(self, line: int, reason: str) -> None:
         super().__init__(reason)
         self.line, self.reason = line, reason
 
 
-def encode_chunk(job: Job, encode: Encoder, task: Task, report: Report) -> Answer:
+def encode_chunk(job: Job, encode: Encoder, task: Task, report: Report, cut: "Cutter | None" = None) -> Answer:
     """Encode one chunk, or compare it with its known hash."""
     try:
         data = task.chunk.read()
@@ -137,7 +151,7 @@ def encode_chunk(job: Job, encode: Encoder, task: Task, report: Report) -> Answe
                 stack.enter_context(PartWriter(part_path(job.folder, task.chunk.number, at), dtype, ending))
                 for at in range(len(job.json_keys))
             ]
-            encoder = _ChunkEncoder(job, encode, task, report, parts)
+            encoder = _ChunkEncoder(job, encode, task, report, parts, cut)
             num_lines = encoder.encode(data)
             row = ChunkRow(
                 number=task.chunk.number,
@@ -156,8 +170,11 @@ def encode_chunk(job: Job, encode: Encoder, task: Task, report: Report) -> Answe
 
 
 class _ChunkEncoder:
-    def __init__(self, job: Job, encode: Encoder, task: Task, report: Report, parts: list[PartWriter]) -> None:
+    def __init__(
+        self, job: Job, encode: Encoder, task: Task, report: Report, parts: list[PartWriter], cut: "Cutter | None"
+    ) -> None:
         self._job, self._encode, self._task, self._report, self._parts = job, encode, task, report, parts
+        self._cut = cut
         self.skipped: list[tuple[int, str]] = []
         self.sample: tuple[str, NDArray[Any]] | None = None
         # A place in the chunk that differs from chunk to chunk.
@@ -205,10 +222,10 @@ class _ChunkEncoder:
         ]
         texts = [[text for _, text in column] for column in kept]
         try:
-            encoded = [self._encode(column) for column in texts]
+            encoded = [self._encode_texts(column) for column in texts]
             prompts = [
-                self._count_prompts([prompt for prompt, _ in column], documents)
-                for column, documents in zip(kept, encoded, strict=True)
+                self._count_prompts([prompt for prompt, _ in column], item.documents)
+                for column, item in zip(kept, encoded, strict=True)
             ]
             if self._sample_share <= share_done:
                 self._take_sample(texts)
@@ -221,11 +238,21 @@ class _ChunkEncoder:
                 return
             self._fail(batch[0][0], f"the tokenizer failed on the text ({error}); correct the text or the tokenizer")
             return
-        for part, column, documents, counts in zip(self._parts, texts, encoded, prompts, strict=True):
-            part.skip_documents(len(batch) - len(column))
+        for part, item, counts in zip(self._parts, encoded, prompts, strict=True):
+            part.skip_documents(len(batch) - len(item.documents))
             # After encoding, which leaves the UTF-8 of a text in the object.
-            num_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in column)
-            part.add_documents(documents, counts, num_bytes)
+            num_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in item.texts)
+            part.add_documents(item.documents, counts, num_bytes, item.sentences)
+
+    def _encode_texts(self, texts: list[str]) -> "_Encoded":
+        if self._cut is None:
+            return _Encoded(texts, self._encode(texts), None)
+        cut = [self._cut(text) for text in texts]
+        flat = [sentence for sentences in cut for sentence in sentences]
+        ids = iter(self._encode(flat))
+        documents = [[next(ids) for _ in sentences] for sentences in cut]
+        lengths = [[len(sentence) for sentence in document] for document in documents]
+        return _Encoded(flat, [np.concatenate(document) for document in documents], lengths)
 
     def _count_prompts(self, prompts: list[str], documents: list[NDArray[Any]]) -> list[int]:
         """Count the tokens that a document has in common with its prompt alone.
@@ -264,9 +291,14 @@ def work(connection: Connection) -> None:
     try:
         job: Job = connection.recv()
         encode = load_encoder(job.backend, job.tokenizer_json, np.dtype(job.dtype), job.affixes)
+        cut = None
+        if job.splitter is not None:
+            from megatron_adapt.data.split import make_cutter
+
+            cut = make_cutter(job.splitter)
         while True:
             task: Task = connection.recv()
-            connection.send(encode_chunk(job, encode, task, connection.send))
+            connection.send(encode_chunk(job, encode, task, connection.send, cut))
     except (EOFError, ConnectionError):
         return
 

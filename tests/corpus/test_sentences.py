@@ -1,7 +1,11 @@
+import re
+import time
+
 import nltk
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nltk.tokenize.punkt import PunktSentenceTokenizer
 
 from megatron_adapt.corpus.sentences import (
     learn_splitter,
@@ -53,7 +57,28 @@ def test_plain_marks_end_a_sentence_without_a_space(splitter, text, sentences):
 def test_sentences_end_to_end_are_the_text(splitter, text):
     sentences = splitter.split(text)
     assert "".join(sentences) == text
-    assert all(sentences)
+    assert all(sentence.strip() for sentence in sentences) or len(sentences) < 2
+
+
+@pytest.mark.parametrize("run", [" ", "\t\u3000", ". ", "?!", "。", "ab"], ids=repr)
+def test_time_grows_with_the_length_of_a_text_not_its_square(splitter, run):
+    text = "a" + run * 40_000 + "\n" + run * 40_000 + "b"
+    start = time.process_time()
+    assert "".join(splitter.split(text)) == text
+    assert time.process_time() - start < 12  # the square of a run of blanks would take 18 on a fast machine
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(st.sampled_from("ab .?!\n\t\"')(A1"), max_size=60))
+def test_where_punkt_alone_decides_sentences_are_those_of_nltk_but_for_white_space(splitter, text):
+    text = re.sub(r"\n\s*\n", "\n", text)
+    found = [sentence for item in splitter.split(text) if (sentence := item.rstrip())]
+    assert found == PunktSentenceTokenizer(splitter.parameters).tokenize(text)
+
+
+def test_leading_white_space_belongs_to_the_first_sentence(splitter):
+    assert splitter.split(" \n\nA heading\n\nText. ") == [" \n\nA heading\n\n", "Text. "]
+    assert splitter.split(" \n\n ") == [" \n\n "]
 
 
 def test_what_was_learned_reads_back_equal(splitter, tmp_path):

@@ -19,6 +19,9 @@ TEXTS = [
 ]
 
 
+_OF_THE_TOOL = ("overwrite", "json_keys", "plain_text", "split_sentences", "keep_newlines", "lang")
+
+
 def make_tokenizer(folder: Path, *, eos: bool = True, bos: bool = False, kind: str = "byte_level") -> Path:
     """A BPE tokenizer of 300 pieces learned from ``TEXTS``."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -55,7 +58,7 @@ def write_lines(path: Path, texts: list[str]) -> Path:
 
 def make_config(*corpus: Path, tokenizer: Path, prefix: Path, **other) -> PreprocessData:
     """A config; what is no setting of the stage is one of the tool."""
-    own = {name: other.pop(name) for name in ("overwrite", "json_keys", "plain_text") if name in other}
+    own = {name: other.pop(name) for name in _OF_THE_TOOL if name in other}
     settings = DataSettings(**{"append_eod": True, "backend": "tokenizers", **other})
     return PreprocessData(input=corpus, tokenizer=tokenizer, output_prefix=prefix, settings=settings, **own)
 

@@ -1,3 +1,4 @@
+import importlib
 import logging
 import sys
 from pathlib import Path
@@ -75,6 +76,21 @@ def test_a_backend_that_gives_the_same_is_taken(tokenizer, tmp_path):
     preprocess_data(make_config(path, tokenizer=tokenizer, prefix=tmp_path / "q"))
     assert (backend_of(tmp_path / "p"), backend_of(tmp_path / "q")) == ("gigatoken", "tokenizers")
     assert read_files(tmp_path / "p") == read_files(tmp_path / "q")
+
+
+@pytest.mark.usefixtures("fake_gigatoken")
+def test_a_backend_whose_memory_grows_is_loaded_anew(tokenizer, monkeypatch):
+    loaded = read_tokenizer(tokenizer).tokenizer
+    library, made = importlib.import_module("gigatoken").Tokenizer, []
+    from_json = library.from_json
+    monkeypatch.setattr(library, "from_json", lambda content: made.append(content) or from_json(content))
+    expected = [encoding.ids for encoding in loaded.encode_batch_fast(TEXTS)]
+    for max_bytes, num_loads in ((1 << 40, 1), (-(1 << 40), 4)):
+        monkeypatch.setattr(backend, "_MAX_CACHE_BYTES", max_bytes)
+        made.clear()
+        encode = load_encoder("gigatoken", loaded.to_str(), np.dtype(np.int64), find_affixes(loaded))
+        assert [[ids.tolist() for ids in encode(TEXTS)] for _ in range(3)] == [expected] * 3
+        assert len(made) == num_loads
 
 
 @pytest.mark.usefixtures("fake_gigatoken")

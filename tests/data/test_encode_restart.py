@@ -198,7 +198,8 @@ from megatron_adapt.data import manifest, shards
 from megatron_adapt.data.encode import preprocess_data
 from tests.data.corpora import make_config
 
-tokenizer, corpus, folder = map(Path, sys.argv[1:])
+tokenizer, corpus, folder = map(Path, sys.argv[1:4])
+more = json.loads(sys.argv[4])
 shards._SYNC_BYTES = 2000
 steps = [0, 0]
 
@@ -220,7 +221,7 @@ def run(prefix, kill_at):
     child = os.fork()
     if child == 0:
         steps[:] = 0, kill_at
-        preprocess_data(make_config(corpus, tokenizer=tokenizer, prefix=prefix, partitions=4))
+        preprocess_data(make_config(corpus, tokenizer=tokenizer, prefix=prefix, partitions=3, **more))
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -235,15 +236,18 @@ print(json.dumps(results))
 """
 
 
-def test_killed_before_every_step_of_the_disk_it_goes_on(tokenizer, tmp_path):
-    corpus = write_lines(tmp_path / "c.jsonl", [f"some text of mine {n}" for n in range(400)])
+@pytest.mark.parametrize(
+    "more", [{}, pytest.param({"split_sentences": True}, marks=pytest.mark.slow)], ids=["whole", "sentences"]
+)
+def test_killed_before_every_step_of_the_disk_it_goes_on(tokenizer, tmp_path, more):
+    corpus = write_lines(tmp_path / "c.jsonl", [f"Some text of mine. Number {n}" for n in range(400)])
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", _KILL_AT_EVERY_STEP, tokenizer, corpus, tmp_path]
+    command = [sys.executable, "-c", _KILL_AT_EVERY_STEP, tokenizer, corpus, tmp_path, json.dumps(more)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=root, check=False)
     assert done.returncode == 0, done.stderr
     *killed, (last, code, _) = json.loads(done.stdout)
     assert code == 0
-    assert len(killed) > 25
+    assert len(killed) > 30, len(killed)
     expected = read_files(tmp_path / f"p{last}")
     for number, code, again in killed:
         assert code == -signal.SIGKILL
@@ -257,7 +261,9 @@ def test_killed_before_every_step_of_the_disk_it_goes_on(tokenizer, tmp_path):
 def test_killed_at_20_random_moments_it_gives_the_same_bytes(corpus, tokenizer, undisturbed, tmp_path):
     draw = random.Random(4)
     num_killed = 0
-    for trial in range(20):
+    for trial in range(60):  # on a busy machine the work is at times done before the kill
+        if num_killed == 20:
+            break
         prefix = tmp_path / f"p{trial}"
         command = [
             sys.executable, TOOL, "--input", corpus, "--tokenizer", tokenizer, "--output-prefix", prefix,
@@ -278,4 +284,4 @@ def test_killed_at_20_random_moments_it_gives_the_same_bytes(corpus, tokenizer, 
         assert {item.name for item in prefix.parent.glob(f"p{trial}.*")} == {
             f"p{trial}.bin", f"p{trial}.idx", f"p{trial}.stage.json",
         }  # fmt: skip
-    assert num_killed >= 15
+    assert num_killed == 20
