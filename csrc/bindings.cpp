@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include "blend.h"
+#include "ids.h"
+#include "lines.h"
 #include "merges.h"
 #include "minhash.h"
 #include "runs.h"
@@ -11,6 +13,8 @@
 PYBIND11_MODULE(_csrc, module) {
     module.doc() = "Compiled twins of numpy code in megatron_adapt; arrays in, arrays out.";
     megatron_adapt::bind_blend(module);
+    megatron_adapt::bind_ids(module);
+    megatron_adapt::bind_lines(module);
     megatron_adapt::bind_merges(module);
     megatron_adapt::bind_minhash(module);
     megatron_adapt::bind_runs(module);

@@ -17,6 +17,11 @@ from megatron_adapt.config.corpus import PlainText
 from megatron_adapt.corpus.chunks import cut_files
 from megatron_adapt.errors import DataError
 
+try:
+    import megatron_adapt._csrc as _csrc
+except ImportError:
+    _csrc = None
+
 _READ_BYTES = 1 << 20
 
 
@@ -54,6 +59,14 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise DataError(f"{where}: a JSON {type(document).__name__}, not an object; write one object a line")
     return document
+
+
+def find_text(line: bytes, text_key: bytes) -> bytes | None:
+    """Return the text of one line in UTF-8, where that needs no closer look; always None without the C++ extension.
+
+    A text that is found is the one that ``parse_line`` and ``get_text`` give, and not of white space alone.
+    """
+    return None if _csrc is None else _csrc.find_text(line, text_key)
 
 
 def read_texts(paths: Iterable[Path], text_key: str, plain_text: PlainText = "none") -> Iterator[str]:

@@ -23,12 +23,22 @@ from tokenizers import Tokenizer
 from megatron_adapt.errors import ConfigError, DataError
 from megatron_adapt.tokenizer.pieces import LoadedTokenizer
 
+try:
+    import megatron_adapt._csrc as _csrc
+except ImportError:
+    _csrc = None
+
 Backend = Literal["tokenizers", "gigatoken"]
 WantedBackend = Literal["auto", "tokenizers", "gigatoken"]
 Affixes = tuple[list[int], list[int]]
 "Ids that a tokenizer puts before and behind every text."
-Encoder = Callable[[Sequence[str]], list[NDArray[Any]]]
-"Texts to their ids, special tokens of the tokenizer included; one array a text."
+Encoder = Callable[[Sequence[str | bytes]], list[NDArray[Any]]]
+"""Texts to their ids, special tokens of the tokenizer included: an array a text, of the type asked for or wider.
+
+UTF-8 instead of a string is for gigatoken alone."""
+
+_GROUP_TEXTS = 16
+"What the library allocates for so many texts stays in the processor's cache."
 
 _ODD_TEXTS = (
     "", "a", " a", "a ", "  a  b ", "\n", "a\n\n b", "a\r\nb", "\t\ta", " " * 50, "a" * 200, "aA aB",
@@ -50,12 +60,12 @@ class BackendDiffersError(DataError):
 
 
 def load_encoder(backend: Backend, tokenizer_json: str, dtype: np.dtype[Any], affixes: Affixes) -> Encoder:
-    """Return the function that encodes texts to arrays of ``dtype``.
+    """Return the function that encodes texts.
 
     Args:
         backend: the library to use.
         tokenizer_json: content of a ``tokenizer.json``.
-        dtype: type of an id.
+        dtype: type of an id that is wide enough.
         affixes: what ``find_affixes`` finds for the tokenizer.
 
     Raises:
@@ -67,24 +77,32 @@ def load_encoder(backend: Backend, tokenizer_json: str, dtype: np.dtype[Any], af
 def _load_tokenizers(tokenizer_json: str, dtype: np.dtype[Any], _: Affixes) -> Encoder:
     tokenizer = Tokenizer.from_str(tokenizer_json)
 
-    def encode(texts: Sequence[str]) -> list[NDArray[Any]]:
-        lists = (encoding.ids for encoding in tokenizer.encode_batch_fast(texts))
-        return [np.fromiter(ids, dtype, len(ids)) for ids in lists]
+    def encode(texts: Sequence[str | bytes]) -> list[NDArray[Any]]:
+        groups = (texts[at : at + _GROUP_TEXTS] for at in range(0, len(texts), _GROUP_TEXTS))
+        return [pack_ids(encoding.ids, dtype) for group in groups for encoding in tokenizer.encode_batch_fast(group)]
 
     return encode
+
+
+def pack_ids(ids: list[int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return a list of ids as an array of a type of ``index.token_dtype``."""
+    if _csrc is None:
+        return np.fromiter(ids, dtype, len(ids))
+    packed: NDArray[Any] = _csrc.pack_ids(ids, dtype.itemsize)
+    return packed
 
 
 def _load_gigatoken(tokenizer_json: str, dtype: np.dtype[Any], affixes: Affixes) -> Encoder:
     head, tail = (np.array(ids, dtype) for ids in affixes)
     bounded = _BoundedGigatoken(tokenizer_json)
 
-    def encode(texts: Sequence[str]) -> list[NDArray[Any]]:
+    def encode(texts: Sequence[str | bytes]) -> list[NDArray[Any]]:
         bounded.renew_if_large()
         # One call a text: ``encode_batch`` returns an awkward array, whose import takes longer than a million calls.
-        arrays = (bounded.encode_one(text).astype(dtype) for text in texts)
+        arrays = [bounded.encode_one(text) for text in texts]  # of uint32
         if len(head) or len(tail):
-            return [np.concatenate([head, ids, tail]) for ids in arrays]
-        return list(arrays)
+            return [np.concatenate([head, ids, tail], dtype=dtype, casting="unsafe") for ids in arrays]
+        return arrays
 
     return encode
 
@@ -124,6 +142,17 @@ def find_affixes(tokenizer: Tokenizer) -> Affixes:
         if whole[at : at + len(inner)] == inner:
             return whole[:at], whole[at + len(inner) :]
     raise ValueError("its post-processor does more than add tokens before and behind a text")
+
+
+def expect_backend(wanted: WantedBackend, tokenizer: LoadedTokenizer) -> Backend:
+    """Return what ``choose_backend`` returns where both libraries agree, without a comparison."""
+    if wanted == "tokenizers" or find_spec("gigatoken") is None:
+        return "tokenizers"
+    try:
+        find_affixes(tokenizer.tokenizer)
+    except ValueError:
+        return "tokenizers"
+    return "gigatoken"
 
 
 def choose_backend(wanted: WantedBackend, tokenizer: LoadedTokenizer, sample: Iterable[str]) -> Backend:

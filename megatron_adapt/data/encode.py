@@ -13,7 +13,8 @@ Method:
 1. ``cut_files`` (corpus/chunks.py) cuts the input; workers (worker.py) encode chunks and write parts.
 2. A row of the manifest (manifest.py) says that the parts of a chunk are written; ``Joiner`` (shards.py) appends them.
    Chunks that have a row when the run starts are only compared with their hash.
-3. ``choose_backend`` (backend.py) decides on gigatoken; a text of every chunk is compared with what tokenizers gives.
+3. ``choose_backend`` (backend.py) decides on gigatoken, while the workers begin with it; a text of every chunk is
+   compared with what tokenizers gives.
 4. ``publish`` moves the joined files to their places, their documents shuffled where that was asked for.
 
 Costs: the parent appends ready files, at the speed of the disk; a compressed file is decompressed by the parent alone,
@@ -23,9 +24,10 @@ worker the tokenizer, its caches (backend.py) and three chunks of 4 MiB at most;
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +37,7 @@ from megatron_adapt.config import PreprocessData
 from megatron_adapt.corpus.chunks import cut_files, sample_lines
 from megatron_adapt.corpus.documents import get_text, parse_line
 from megatron_adapt.corpus.inputs import find_files
-from megatron_adapt.data.backend import BackendDiffersError, WantedBackend, choose_backend, find_affixes
+from megatron_adapt.data.backend import BackendDiffersError, WantedBackend, choose_backend, expect_backend, find_affixes
 from megatron_adapt.data.crew import Worker, start_workers
 from megatron_adapt.data.index import bin_path, idx_path, token_dtype
 from megatron_adapt.data.manifest import (
@@ -68,6 +70,10 @@ _SAMPLE_TEXTS, _SAMPLE_CHARACTERS = 64, 2000
 _logger = logging.getLogger(__name__)
 
 
+class _NotTakenError(Exception):
+    """``choose_backend`` decides against the backend that the workers have begun with."""
+
+
 def preprocess_data(config: PreprocessData) -> dict[str, TokensRecord]:
     """Tokenise the documents of ``config.input``, in order.
 
@@ -88,6 +94,8 @@ def preprocess_data(config: PreprocessData) -> dict[str, TokensRecord]:
             raise
         _logger.warning("%s; beginning anew", error)
         return _preprocess(config, config.settings.backend, begin_anew=True)
+    except _NotTakenError:
+        return _preprocess(config, "tokenizers", begin_anew=True)
     except BackendDiffersError as error:
         if config.settings.backend == "gigatoken":
             raise
@@ -104,12 +112,13 @@ def _preprocess(config: PreprocessData, backend: WantedBackend, *, begin_anew: b
             _refuse_existing(config, folder)
             if begin_anew:
                 clear_folder(folder)
-            job = _make_job(config, backend, tokenizer, eod_id, folder)
+            backend, job = _make_job(config, backend, tokenizer, eod_id, folder)
             header = _make_header(config, job)
             with closing(open_manifest(folder, header, discard=config.overwrite)) as manifest:
                 if job.splitter:
                     _keep_splitter(job.splitter, folder)
-                skipped_lines = _encode(config, workers, tokenizer, job, manifest)
+                check = partial(_check_backend, config, backend, tokenizer, job)
+                skipped_lines = _encode(config, workers, tokenizer, job, manifest, check)
                 records = _count(config, tokenizer, manifest)
                 publish(manifest, list(_name_outputs(config).values()), np.dtype(job.dtype))
             _write_records(config, records, skipped_lines, job)
@@ -157,13 +166,16 @@ def _find_eod(tokenizer: LoadedTokenizer) -> int:
 
 def _make_job(
     config: PreprocessData, backend: WantedBackend, tokenizer: LoadedTokenizer, eod_id: int | None, folder: Path
-) -> Job:
+) -> tuple[WantedBackend, Job]:
+    """Return the wanted backend, or that of the run that goes on, and the job."""
     tokenizer_json = tokenizer.tokenizer.to_str()
     stored = read_header(folder)
     if backend == "auto" and stored.get("tokenizer") == _hash_text(tokenizer_json):
         backend = stored["backend"]
-    chosen = choose_backend(backend, tokenizer, _sample_texts(config))
-    return Job(
+    chosen = expect_backend(backend, tokenizer)
+    if chosen == "tokenizers":
+        choose_backend(backend, tokenizer, ())  # says why
+    return backend, Job(
         folder=folder,
         backend=chosen,
         tokenizer_json=tokenizer_json,
@@ -175,6 +187,11 @@ def _make_job(
         skip_errors=config.settings.on_error == "skip",
         splitter=_choose_splitter(config, folder) if config.split_sentences else None,
     )
+
+
+def _check_backend(config: PreprocessData, backend: WantedBackend, tokenizer: LoadedTokenizer, job: Job) -> None:
+    if job.backend != "tokenizers" and choose_backend(backend, tokenizer, _sample_texts(config)) != job.backend:
+        raise _NotTakenError
 
 
 def _choose_splitter(config: PreprocessData, folder: Path) -> "Splitter":
@@ -223,7 +240,12 @@ def _hash_text(text: str) -> str:
 
 
 def _encode(
-    config: PreprocessData, workers: Sequence[Worker], tokenizer: LoadedTokenizer, job: Job, manifest: Manifest
+    config: PreprocessData,
+    workers: Sequence[Worker],
+    tokenizer: LoadedTokenizer,
+    job: Job,
+    manifest: Manifest,
+    check: Callable[[], None],
 ) -> list[str]:
     """Encode what is not done yet and join all parts; return the lines that were left out, and why."""
     if not job.skip_errors:
@@ -239,7 +261,13 @@ def _encode(
             joiner = stack.enter_context(Joiner(manifest, len(config.json_keys), np.dtype(job.dtype)))
         advance = stack.enter_context(show_progress(f"tokenising {config.output_prefix.name}", total, "MB"))
         run = Run(
-            job=job, tokenizer=tokenizer.tokenizer, workers=workers, manifest=manifest, joiner=joiner, advance=advance
+            job=job,
+            tokenizer=tokenizer.tokenizer,
+            workers=workers,
+            manifest=manifest,
+            joiner=joiner,
+            advance=advance,
+            check=check,
         )
         run.encode_chunks(chunks)
         if joiner:

@@ -5,7 +5,7 @@ those before it are waited for.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +37,8 @@ class Run:
     joiner: Joiner | None
     "None where everything was joined before."
     advance: Advance
+    check: Callable[[], None]
+    "What remains to be checked; done when the workers have their first chunks, before any answer counts."
     _fault: tuple[int, DataError] | None = None
     "The first mistake so far, and the number of its chunk."
     _files: list[tuple[Path, bool]] = field(default_factory=list)
@@ -56,21 +58,25 @@ class Run:
         """
         if self.joiner:
             self.joiner.join()
-        ready = self._take(chunks)
+        ready = self._hand_out(self._take(chunks), chunks)
+        self.check()
         while ready or self._is_waiting():
-            for worker in (worker for worker in self.workers if worker.task is None):
-                if ready is not None:
-                    row = self.manifest.rows.get(ready.number)
-                    worker.give(Task(ready, row.input_hash if row else None))
-                    ready = self._take(chunks)
             for chunk, answer in wait_for_answers(self.workers):
                 self._keep(chunk, answer)
-            if self._fault:
-                ready = None
+            ready = None if self._fault else self._hand_out(ready, chunks)
         if self._fault:
             raise self._fault[1]
         if any(number >= len(self._files) for number in self.manifest.rows):
             raise self._tell_change("--input", "is shorter than it was")
+
+    def _hand_out(self, ready: Chunk | None, chunks: Iterator[Chunk]) -> Chunk | None:
+        """Give every idle worker a chunk; return the next one."""
+        for worker in (worker for worker in self.workers if worker.task is None):
+            if ready is not None:
+                row = self.manifest.rows.get(ready.number)
+                worker.give(Task(ready, row.input_hash if row else None))
+                ready = self._take(chunks)
+        return ready
 
     def _take(self, chunks: Iterator[Chunk]) -> Chunk | None:
         try:

@@ -16,6 +16,7 @@ import os
 import zlib
 from array import array
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,8 +31,8 @@ from megatron_adapt.data.record import record_path
 from megatron_adapt.data.shuffle import shuffle_documents
 from megatron_adapt.errors import DataError
 
-_SYNC_BYTES = 256 << 20
-"Parts are deleted in groups of this size."
+_SYNC_BYTES = 64 << 20
+"Parts are deleted in groups of at least this size."
 _COPY_BYTES = 1 << 20
 _SEQUENCE = np.dtype([("tokens", "<i4"), ("prompt", "<i4")])
 _CONTINUES = -1
@@ -73,7 +74,7 @@ class PartWriter:
         """Append documents, each with the ending; those without any id are left out.
 
         Args:
-            documents: their ids.
+            documents: their ids, of any type.
             prompts: how many of these are of the prompt.
             num_bytes: bytes of text of all together.
             sentences: ids in each sentence of each document; those without any are left out. None: they are not cut.
@@ -92,8 +93,7 @@ class PartWriter:
                 self._add_sentences([length for length in lengths if length])
         self._num_documents += len(kept)
         arrays = [array for ids in kept for array in (ids, self._ending)] if len(self._ending) else kept
-        ids_N = np.concatenate(arrays)
-        assert ids_N.dtype == self._dtype
+        ids_N = np.concatenate(arrays, dtype=self._dtype, casting="unsafe")  # ids are below the vocabulary's size
         self._counts["tokens"] += len(ids_N)
         self._write(ids_N)
 
@@ -135,6 +135,8 @@ class Joiner:
         "The first chunk that is not joined."
         self._deletable: list[Path] = []
         self._deletable_bytes = 0
+        self._syncing: Future[None] | None = None
+        "The last group."
 
     def __enter__(self) -> "Joiner":
         self._next = _recover(self._manifest, self._keys, self._dtype)
@@ -150,6 +152,7 @@ class Joiner:
                 for at in self._keys
                 for tokens, sequences in [_sum_parts(joined, at)]
             ]
+            self._thread = stack.enter_context(ThreadPoolExecutor(1))
             self._stack = stack.pop_all()
         return self
 
@@ -168,17 +171,24 @@ class Joiner:
                 self._deletable.append(path)
                 self._deletable_bytes += num_bytes
             self._next += 1
-            if self._deletable_bytes >= _SYNC_BYTES:
-                self.sync()
+            if self._deletable_bytes >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+                self._start_sync()
 
     def sync(self) -> None:
         """Bring the joined files to disk and delete their parts."""
-        for file in (file for pair in self._files for file in pair):
+        self._start_sync()
+        assert self._syncing is not None
+        self._syncing.result()
+
+    def _start_sync(self) -> None:
+        """Do so with what is joined now, in a thread: the workers need not wait for the disk."""
+        if self._syncing is not None:
+            self._syncing.result()  # raises what it met
+        files = [file for pair in self._files for file in pair]
+        for file in files:
             file.flush()
-            os.fsync(file.fileno())
-        self._manifest.sync()
-        for path in self._deletable:
-            path.unlink()
+        descriptors = [file.fileno() for file in files]
+        self._syncing = self._thread.submit(_sync_joined, descriptors, self._manifest, self._deletable)
         self._deletable, self._deletable_bytes = [], 0
 
 
@@ -248,6 +258,14 @@ def _recover(manifest: Manifest, keys: range, dtype: np.dtype[Any]) -> int:
 
 def _is_whole(path: Path, part: PartCounts) -> bool:
     return path.exists() and zlib.crc32(path.read_bytes()) == part.checksum
+
+
+def _sync_joined(descriptors: Sequence[int], manifest: Manifest, parts: Sequence[Path]) -> None:
+    for descriptor in descriptors:
+        os.fsync(descriptor)
+    manifest.sync()
+    for path in parts:
+        path.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -15,18 +15,18 @@ import hashlib
 import io
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_adapt.corpus.chunks import Chunk
-from megatron_adapt.corpus.documents import get_text, parse_line
+from megatron_adapt.corpus.documents import find_text, get_text, parse_line
 from megatron_adapt.data.backend import Affixes, Backend, Encoder, load_encoder
 from megatron_adapt.data.manifest import ChunkRow
 from megatron_adapt.data.shards import PartWriter, part_path
@@ -38,8 +38,8 @@ if TYPE_CHECKING:  # nltk takes half a second to import
 _BATCH_BYTES = 1 << 18
 _SAMPLE_CHARACTERS = 2000
 _NO_SAMPLE = 2.0
-_Line = tuple[int, str, tuple[str, ...]]
-"Number in the chunk, the prompt, and the text under every key, which begins with the prompt."
+_Line = tuple[int, str, tuple[str | bytes, ...]]
+"Number in the chunk, the prompt, and the text under every key, which begins with the prompt; a text may be UTF-8."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ Report = Callable[[At], None]
 
 
 class _Encoded(NamedTuple):
-    texts: list[str]
+    texts: list[str] | list[str | bytes]
     "What was encoded: documents, or their sentences."
     documents: list[NDArray[Any]]
     sentences: list[list[int]] | None
@@ -177,6 +177,9 @@ class _ChunkEncoder:
         self._cut = cut
         self.skipped: list[tuple[int, str]] = []
         self.sample: tuple[str, NDArray[Any]] | None = None
+        # gigatoken takes bytes; where that is all there is to a document, it is never made a string.
+        is_plain = job.backend == "gigatoken" and len(job.json_keys) == 1 and not (job.prompt_key or cut)
+        self._only_key = job.json_keys[0].encode(errors="surrogatepass") if is_plain else b""
         # A place in the chunk that differs from chunk to chunk.
         self._sample_share = task.chunk.number * 0.6180339887 % 1 if job.backend != "tokenizers" else _NO_SAMPLE
 
@@ -200,7 +203,9 @@ class _ChunkEncoder:
         self._encode_batch(batch, 1.0)
         return line + 1
 
-    def _parse(self, content: bytes) -> tuple[str, tuple[str, ...]]:
+    def _parse(self, content: bytes) -> tuple[str, tuple[str | bytes, ...]]:
+        if self._only_key and (text := find_text(content, self._only_key)) is not None:
+            return "", (text,)
         document, key = parse_line(content, ""), self._job.prompt_key
         prompt = get_text(document, key, "") if key and key in document else ""
         return prompt, tuple(prompt + get_text(document, key, "") for key in self._job.json_keys)
@@ -241,13 +246,15 @@ class _ChunkEncoder:
         for part, item, counts in zip(self._parts, encoded, prompts, strict=True):
             part.skip_documents(len(batch) - len(item.documents))
             # After encoding, which leaves the UTF-8 of a text in the object.
-            num_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in item.texts)
+            num_bytes = sum(
+                len(text if isinstance(text, bytes) or text.isascii() else text.encode()) for text in item.texts
+            )
             part.add_documents(item.documents, counts, num_bytes, item.sentences)
 
-    def _encode_texts(self, texts: list[str]) -> "_Encoded":
+    def _encode_texts(self, texts: list[str | bytes]) -> "_Encoded":
         if self._cut is None:
             return _Encoded(texts, self._encode(texts), None)
-        cut = [self._cut(text) for text in texts]
+        cut = [self._cut(text) for text in texts if isinstance(text, str)]  # all are, see ``_only_key``
         flat = [sentence for sentences in cut for sentence in sentences]
         ids = iter(self._encode(flat))
         documents = [[next(ids) for _ in sentences] for sentences in cut]
@@ -267,11 +274,12 @@ class _ChunkEncoder:
             for prompt, first, second in zip(prompts, alone, documents, strict=True)
         ]
 
-    def _take_sample(self, texts: list[list[str]]) -> None:
+    def _take_sample(self, texts: list[list[str | bytes]]) -> None:
         column = max(texts, key=len)
         if not column:
             return
         text = column[int(self._sample_share * len(column))]
+        text = text.decode() if isinstance(text, bytes) else text
         start = int(self._sample_share * max(len(text) - _SAMPLE_CHARACTERS, 0))
         text = text[start : start + _SAMPLE_CHARACTERS]
         (ids,) = self._encode([text])
@@ -286,11 +294,25 @@ def _count_common(first: NDArray[Any], second: NDArray[Any]) -> int:
     return int(differing[0]) if len(differing) else length
 
 
+def _load_encoder(job: Job) -> Encoder:
+    try:
+        return load_encoder(job.backend, job.tokenizer_json, np.dtype(job.dtype), job.affixes)
+    except Exception as error:  # the parent, which checks the backend at the same time, meets it too
+        return _make_failing(error)
+
+
+def _make_failing(error: Exception) -> Encoder:
+    def encode(_: Sequence[str | bytes]) -> NoReturn:
+        raise error
+
+    return encode
+
+
 def work(connection: Connection) -> None:
     """Answer tasks until the connection ends."""
     try:
         job: Job = connection.recv()
-        encode = load_encoder(job.backend, job.tokenizer_json, np.dtype(job.dtype), job.affixes)
+        encode = _load_encoder(job)
         cut = None
         if job.splitter is not None:
             from megatron_adapt.data.split import make_cutter

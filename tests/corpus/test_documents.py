@@ -1,5 +1,7 @@
 import gzip
+import json
 import lzma
+import sys
 import tracemalloc
 
 import orjson
@@ -8,7 +10,16 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_adapt.corpus.documents import DocumentWriter, limit_texts, read_documents, read_texts
+from megatron_adapt.corpus import documents
+from megatron_adapt.corpus.documents import (
+    DocumentWriter,
+    find_text,
+    get_text,
+    limit_texts,
+    parse_line,
+    read_documents,
+    read_texts,
+)
 from megatron_adapt.errors import DataError
 
 DOCUMENTS = [{"id": "a", "text": "one"}, {"id": "b", "text": "δύο\nline"}, {"id": "c", "text": "三" * 1000}]
@@ -146,3 +157,93 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 12e6
+
+
+# ---------------------------------------------------------------- the shortcut
+
+needs_csrc = pytest.mark.skipif(documents._csrc is None, reason="the C++ extension is not built")
+_VALUES = st.one_of(
+    st.text(), st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.just([1])
+)
+_OBJECTS = st.dictionaries(st.sampled_from(["text", "id", "été", 'a"b', ""]), _VALUES) | st.fixed_dictionaries(
+    {"id": st.integers(0, 999), "text": st.text()}
+)
+
+
+def parse(line):
+    """The text as the JSON library gives it, or None where it refuses the line."""
+    try:
+        return get_text(parse_line(line, ""), "text", "").encode()
+    except DataError:
+        return None
+
+
+@needs_csrc
+@given(_OBJECTS, st.booleans(), st.sampled_from([None, 1]))
+@settings(max_examples=500)
+def test_a_text_found_at_once_is_the_text_of_the_document(document, is_ascii, indent):
+    line = json.dumps(document, ensure_ascii=is_ascii, indent=indent).encode() + b"\n"
+    assert find_text(line, b"text") in (None, parse(line))
+
+
+@needs_csrc
+@given(st.text(), st.integers(0, 99), st.integers(0, 99), st.binary(max_size=3))
+@settings(max_examples=1000)
+def test_no_text_is_found_in_a_line_that_is_refused(text, at, end, other):
+    line = json.dumps({"id": 12, "text": text}, ensure_ascii=len(text) % 2 == 0).encode()
+    at, end = sorted((at % len(line), end % len(line)))
+    line = line[:at] + other + line[end:]
+    found = find_text(line, b"text")
+    assert found is None or found == parse(line)
+
+
+@needs_csrc
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"text": "a"',
+        b'{"text": "a"}}',
+        b'{"text": "a",}',
+        b'{"text": "\x01"}',
+        b'{"text": "\\ud800"}',
+        b'{"text": "\\ud800\\u0041"}',
+        b'{"text": "\\udc00"}',
+        b'{"text": "\\x"}',
+        b'{"text": "\xc0\xaf"}',
+        b'{"text": "\xed\xa0\x80"}',
+        b'{"text": "\xf4\x90\x80\x80"}',
+        b'{"text": "\xe3\x81"}',
+        b'{"id": 01, "text": "a"}',
+        b'{"id": 1., "text": "a"}',
+        b'{"id": nul, "text": "a"}',
+        b'["text"]',
+    ],
+)
+def test_what_is_no_json_is_left_to_the_library_that_says_why(line):
+    assert parse(line) is None
+    assert find_text(line, b"text") is None
+
+
+@needs_csrc
+def test_every_character_is_found_plain_and_escaped_unless_it_is_white_space():
+    characters = [chr(at) for at in range(sys.maxunicode + 1) if not 0xD800 <= at <= 0xDFFF]
+    for character in characters[::7] + [character for character in characters if character.isspace()]:
+        for line in (orjson.dumps({"text": character}), json.dumps({"text": character}).encode()):
+            found = find_text(line, b"text")
+            assert found == (None if character.isspace() else found and character.encode())
+    marked = ["a" + character for character in characters[::7]]
+    assert [find_text(json.dumps({"text": text}).encode(), b"text") for text in marked] == [t.encode() for t in marked]
+    assert [find_text(orjson.dumps({"text": text}), b"text") for text in marked] == [t.encode() for t in marked]
+
+
+@needs_csrc
+def test_common_lines_are_found():
+    for document in ({"text": '三つ\n\t"x" \\ \U0001f600'}, {"id": "a", "n": -1.5, "x": None, "y": True, "text": "б"}):
+        for line in (orjson.dumps(document), json.dumps(document).encode(), json.dumps(document, indent=1).encode()):
+            assert find_text(line, b"text") == document["text"].encode()
+    assert find_text(b'{"text": "a", "text": "b"}', b"text") is None
+
+
+def test_without_the_extension_nothing_is_found(monkeypatch):
+    monkeypatch.setattr(documents, "_csrc", None)
+    assert find_text(b'{"text": "a"}', b"text") is None

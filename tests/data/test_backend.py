@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from megatron_adapt.data import backend
-from megatron_adapt.data.backend import choose_backend, compare_ids, find_affixes, load_encoder
+from megatron_adapt.data.backend import choose_backend, compare_ids, find_affixes, load_encoder, pack_ids
 from megatron_adapt.data.encode import preprocess_data
 from megatron_adapt.data.record import record_path
 from megatron_adapt.errors import ConfigError, DataError
@@ -22,6 +22,8 @@ from tokenizers import Tokenizer as Library
 class Tokenizer:
     @staticmethod
     def from_json(content):
+        if "piece it refuses" in content:
+            raise ValueError("a piece it refuses")
         return Tokenizer(Library.from_str(content))
 
     def __init__(self, library):
@@ -29,6 +31,7 @@ class Tokenizer:
 
     def encode(self, text):
         import numpy
+        text = text.decode() if isinstance(text, bytes) else text
         ids = self.library.encode(text, add_special_tokens=False).ids
         return numpy.array(ids[::-1] if "ODD ONE" in text else ids, numpy.uint32)
 """
@@ -125,6 +128,40 @@ def test_a_backend_that_errs_later_is_found_by_the_samples_of_the_chunks(tokeniz
 
 
 @pytest.mark.usefixtures("fake_gigatoken")
+def test_a_tokenizer_that_only_the_backend_refuses_leaves_nothing_or_goes_on_without_it(tmp_path, caplog):
+    folder = make_tokenizer(tmp_path / "other")
+    library = read_tokenizer(folder).tokenizer
+    library.add_tokens(["piece it refuses"])
+    library.save(str(folder / "tokenizer.json"))
+    path = write_lines(tmp_path / "c.jsonl", TEXTS)
+    with pytest.raises(
+        DataError, match=r"other: gigatoken cannot be used with this tokenizer \(a piece it refuses\); use"
+    ):
+        preprocess_data(make_config(path, tokenizer=folder, prefix=tmp_path / "p", backend="gigatoken"))
+    assert not list(tmp_path.glob("p*"))
+    with caplog.at_level(logging.WARNING):
+        preprocess_data(make_config(path, tokenizer=folder, prefix=tmp_path / "p", backend="auto", workers=2))
+    assert caplog.text.count("going on with tokenizers") == 1
+    preprocess_data(make_config(path, tokenizer=folder, prefix=tmp_path / "q"))
+    assert backend_of(tmp_path / "p") == "tokenizers"
+    assert read_files(tmp_path / "p") == read_files(tmp_path / "q")
+
+
+@pytest.mark.usefixtures("fake_gigatoken")
+@pytest.mark.parametrize("line", [b'{"text": "a"', b'{"text": "\xc0"}', b'{"text": 1}', b'{"other": "a"}', b'"text"'])
+def test_mistakes_of_the_input_are_named_alike_by_both_backends(tokenizer, tmp_path, line):
+    path = write_lines(tmp_path / "c.jsonl", TEXTS)
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    said = []
+    for name in ("gigatoken", "tokenizers"):
+        with pytest.raises(DataError) as caught:
+            preprocess_data(make_config(path, tokenizer=tokenizer, prefix=tmp_path / "p", backend=name))
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert said[0].startswith(f"{path}:{len(TEXTS) + 1}: ")
+
+
+@pytest.mark.usefixtures("fake_gigatoken")
 def test_a_tokenizer_the_backend_refuses_is_encoded_without_it(tokenizer, monkeypatch):
     def refuse(*_: object) -> None:
         raise ValueError("unknown pre-tokenizer")
@@ -162,6 +199,28 @@ def test_affixes_are_what_the_post_processor_adds(single, expected):
         [*expected[0], 0, 0, *expected[1]],
         [*expected[0], *expected[1]],
     ]
+
+
+@pytest.mark.parametrize(("dtype", "highest"), [("<u2", 65535), ("<i4", 2**31 - 1)])
+def test_lists_of_ids_are_packed_alike_with_and_without_the_extension(monkeypatch, dtype, highest):
+    if backend._csrc is None:
+        pytest.skip("the C++ extension is not built")
+    lists = ([], [0], [highest, 256, 257, 65499, 1, 0])
+    packed = [pack_ids(ids, np.dtype(dtype)) for ids in lists]
+    for wrong in ([highest + 1], [1, -1]):
+        with pytest.raises(ValueError, match="pack_ids: an id that does not fit its type"):
+            pack_ids(wrong, np.dtype(dtype))
+    monkeypatch.setattr(backend, "_csrc", None)
+    for ids, found in zip(lists, packed, strict=True):
+        twin = pack_ids(ids, np.dtype(dtype))
+        assert (found.dtype, found.tolist()) == (twin.dtype, ids)
+
+
+def test_many_texts_are_encoded_in_their_order(tokenizer):
+    library = read_tokenizer(tokenizer).tokenizer
+    texts = [f"{at} {TEXTS[at % 7]}" for at in range(backend._GROUP_TEXTS * 3 + 1)]
+    encode = load_encoder("tokenizers", library.to_str(), np.dtype(np.uint16), ([], []))
+    assert [ids.tolist() for ids in encode(texts)] == [library.encode(text).ids for text in texts]
 
 
 def test_the_first_difference_is_shown(tokenizer):

@@ -250,6 +250,7 @@ class Tokenizer:
 
     def encode(self, text):
         import numpy
+        text = text.decode() if isinstance(text, bytes) else text
         if "CRASH" in text and "WORKER" in os.environ:
             os.kill(os.getpid(), signal.SIGSEGV)
         if "RAISE" in text:
