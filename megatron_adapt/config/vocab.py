@@ -1,16 +1,45 @@
 """Settings of the vocab stage."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
+
+from megatron_adapt.config.require import require
+
+# The methods that read a setting; all read those that are not here.
+_READ_BY = {
+    "piece_weights": ("subtoken_weighted",),
+    "seed": ("normal",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class VocabSettings:
     """How the rows of new tokens are filled (table ``[vocab]``)."""
 
-    method: Literal["subtoken_mean", "mean"] = "subtoken_mean"
-    "subtoken_mean: mean of the rows of the old pieces that spell the token; mean: mean of all old rows."
+    method: Literal["subtoken_mean", "subtoken_weighted", "mean", "normal", "align", "merge_tree"] = "subtoken_mean"
+    """subtoken_mean: mean of the rows of the old pieces that spell the token; subtoken_weighted: the same, weighted.
+    mean: mean of all old rows. normal: drawn from their normal distribution. align: mean over the old pieces seen under
+    the token in --corpus. merge_tree: halves of the two parts that merge into it."""
+    piece_weights: Literal["length", "position"] = "length"
+    """What subtoken_weighted weighs a piece by. length: its bytes. position: its place, the last heaviest for input
+    rows and the first for rows of the head."""
+    norm: Literal["none", "median", "quantile"] = "none"
+    """Length of the new rows. none: as the method gives it. median: that of the median old row. quantile: as spread as
+    the old rows', ranks kept."""
+    seed: int = 1234
+    "Of what is drawn at random."
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, f"vocab.seed: {self.seed} is below 0; use 0 or more")
+        for item in fields(self):
+            methods = _READ_BY.get(item.name, (self.method,))
+            value = getattr(self, item.name)
+            require(
+                value == item.default or self.method in methods,
+                f"vocab.{item.name}: {value} has no effect with method {self.method}; leave it out, or use "
+                f"{' or '.join(methods)}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +52,10 @@ class ResizeVocab:
     "Folder of the tokenizer that tools/build_tokenizer.py made from the model's."
     output: Path
     "Folder to write, of the same kind."
+    corpus: tuple[Path, ...] = ()
+    "Documents in the new language, for method align."
+    text_key: str = "text"
+    "Key of the text in a JSON document."
     vocab_pad_multiple: int = 1024
     "A Megatron checkpoint pads the vocabulary to a multiple of this, so that it loads at any TP up to 8."
     dry_run: bool = False
@@ -30,3 +63,17 @@ class ResizeVocab:
     overwrite: bool = False
     "Replace the output folder if it exists."
     settings: VocabSettings = field(default_factory=VocabSettings)
+
+    def __post_init__(self) -> None:
+        is_read = self.settings.method == "align"
+        require(
+            bool(self.corpus) or not is_read, "corpus: missing; name documents in the new language for method align"
+        )
+        require(
+            is_read or not self.corpus,
+            f"corpus: has no effect with method {self.settings.method}; leave it out, or use align",
+        )
+
+    def list_sources(self) -> list[Path]:
+        """List what the method reads besides model and tokenizer."""
+        return list(self.corpus)

@@ -35,10 +35,11 @@ from megatron_adapt.files import STAGE_FILE, write_stage
 from megatron_adapt.shape import LlamaShape
 from megatron_adapt.tokenizer.id_map import MAP_FILE, IdMap, read_id_map
 from megatron_adapt.tokenizer.pieces import read_tokenizer
-from megatron_adapt.vocab.fill import FILL_METHODS, count_fill_bytes
+from megatron_adapt.vocab.fill import count_fill_bytes, plan_fill
 from megatron_adapt.vocab.fit import check_fit, list_runs, renumber_companions
 from megatron_adapt.vocab.parts import Part, write_model
 from megatron_adapt.vocab.resize_megatron import resize_megatron
+from megatron_adapt.vocab.rows import Fill, FillSources
 
 _logger = logging.getLogger(__name__)
 
@@ -50,6 +51,13 @@ class _MatrixRows:
     source: HFFolder
     name: str
     num_rows: int
+
+    @property
+    def is_head(self) -> bool:
+        return self.name == HEAD
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self.source.read_rows(self.name, start, stop)
 
     def gather(self, ids: Sequence[int]) -> torch.Tensor:
         return self.source.gather_rows(self.name, ids)
@@ -74,7 +82,9 @@ def resize_vocab(config: ResizeVocab) -> None:
     check_hf_tensors({name: source.shape(name) for name in source.names}, shape, str(config.model))
     tokenizer = read_tokenizer(config.tokenizer)
     id_map = read_id_map(tokenizer)
-    check_fit(config.model, shape.vocab_size, find_tokenizer(None, config.model), tokenizer, id_map)
+    own = find_tokenizer(None, config.model)
+    check_fit(config.model, shape.vocab_size, own, tokenizer, id_map)
+    fill = plan_fill(FillSources.of(config, own=own, made=tokenizer, id_map=id_map))
     specs = _spec(source, shape, id_map)
     num_bytes = count_hf_bytes(specs)
     if config.dry_run:
@@ -85,13 +95,16 @@ def resize_vocab(config: ResizeVocab) -> None:
             overwrite=config.overwrite,
             num_bytes=num_bytes,
             num_files=count_shards(specs),
-            work_bytes=count_fill_bytes(id_map.pieces, shape.hidden_size, source.dtype(EMBEDDING).itemsize),
+            work_bytes=count_fill_bytes(
+                config.settings, id_map.pieces, shape.hidden_size, source.dtype(EMBEDDING).itemsize
+            ),
         )
         return
-    read = [*source.files, tokenizer.folder / MAP_FILE]
+    read = [*source.files, tokenizer.folder / MAP_FILE, *config.list_sources()]
+    inputs = [config.model, config.tokenizer, *config.list_sources()]
     plan = fingerprint_plan("hf", shape, tokenizer.fingerprint, config.settings, slices.SLICE_BYTES, files=read)
     with continue_folder(config.output, overwrite=config.overwrite, plan=plan, num_bytes=num_bytes) as partial:
-        _write_weights(source, specs, id_map, config.settings.method, partial)
+        _write_weights(source, specs, id_map, fill, partial)
         hf_config = {**read_config(config.model), "vocab_size": tokenizer.vocab_size}
         write_companions(partial.folder, config=hf_config, source=config.model, tokenizer=tokenizer)
         renumber_companions(partial.folder, id_map)
@@ -101,7 +114,7 @@ def resize_vocab(config: ResizeVocab) -> None:
             "moved_rows": len(id_map.moved),
             "new_rows": len(id_map.pieces),
         }
-        write_stage(partial.folder / STAGE_FILE, config=config, inputs=[config.model, config.tokenizer], counts=counts)
+        write_stage(partial.folder / STAGE_FILE, config=config, inputs=inputs, counts=counts)
     kept = id_map.vocab_size - len(id_map.pieces)
     _logger.info("%s: %d rows kept, %d filled by %s", config.output, kept, len(id_map.pieces), config.settings.method)
 
@@ -115,7 +128,7 @@ def _spec(source: HFFolder, shape: LlamaShape, id_map: IdMap) -> dict[str, Tenso
 
 
 def _write_weights(
-    source: HFFolder, specs: dict[str, TensorSpec], id_map: IdMap, method: str, progress: PartialFolder
+    source: HFFolder, specs: dict[str, TensorSpec], id_map: IdMap, fill: Fill, progress: PartialFolder
 ) -> None:
     matrices = {name: specs[name] for name in (EMBEDDING, HEAD) if name in specs}
     parts = [
@@ -127,7 +140,7 @@ def _write_weights(
     with HFWriter(progress.folder, specs) as writer:
 
         def write_matrix(name: str) -> None:
-            _write_matrix(_MatrixRows(source, name, id_map.base_vocab_size), writer, specs[name], id_map, method)
+            _write_matrix(_MatrixRows(source, name, id_map.base_vocab_size), writer, specs[name], id_map, fill)
 
         def copy_rows(part: Part, buffer: torch.Tensor) -> int:
             start = part.offsets[0]
@@ -146,11 +159,11 @@ def _write_weights(
         )
 
 
-def _write_matrix(base: _MatrixRows, writer: HFWriter, spec: TensorSpec, id_map: IdMap, method: str) -> None:
+def _write_matrix(base: _MatrixRows, writer: HFWriter, spec: TensorSpec, id_map: IdMap, fill: Fill) -> None:
     """Copy the rows of the tokens that stay, in runs of neighbours, and fill those of the others."""
     for start, stop in list_row_blocks(spec):
         for new, old, count in list_runs(id_map, start, stop):
             writer.write_rows(base.name, new, base.source.read_rows(base.name, old, old + count))
-    for ids, rows_NH in FILL_METHODS[method](base, id_map.pieces):
+    for ids, rows_NH in fill(base):
         for new, row_H in zip(ids, rows_NH.to(spec.dtype), strict=True):
             writer.write_rows(base.name, new, row_H[None])

@@ -53,12 +53,14 @@ from megatron_adapt.run_folder import PLAN_FILE, TRAINING_FILE
 from megatron_adapt.shape import pad_vocab_size
 from megatron_adapt.tokenizer.id_map import MAP_FILE, IdMap, read_id_map
 from megatron_adapt.tokenizer.pieces import LoadedTokenizer, read_tokenizer
-from megatron_adapt.vocab.fill import FILL_METHODS, count_fill_bytes
+from megatron_adapt.vocab.fill import count_fill_bytes, plan_fill
 from megatron_adapt.vocab.fit import check_fit, list_runs, renumber_companions
 from megatron_adapt.vocab.parts import Part, write_model
+from megatron_adapt.vocab.rows import Fill, FillSources
 
 _logger = logging.getLogger(__name__)
 _STATE = "optimizer.state."
+_HEAD = "output_layer.weight"
 _MASTER, _MOMENTS = "param", ("exp_avg", "exp_avg_sq")
 _MASTER_BYTES = 4
 _MAX_FILES = 256
@@ -74,6 +76,13 @@ class _MatrixRows:
     key: str
     num_rows: int
     width: int
+
+    @property
+    def is_head(self) -> bool:
+        return self.key.endswith(_HEAD)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self.source.read(self.key, (start, 0), (stop - start, self.width))
 
     def gather(self, ids: Sequence[int]) -> torch.Tensor:
         return torch.cat([self.source.read(self.key, (index, 0), (1, self.width)) for index in ids])
@@ -98,6 +107,7 @@ def resize_megatron(config: ResizeVocab) -> None:
     opened = open_checkpoint(config.model, vocab_size=id_map.base_vocab_size)
     folder, description, source = opened.folder, opened.description, opened.source
     check_fit(folder, description.true_vocab_size, opened.tokenizer, tokenizer, id_map)
+    fill = plan_fill(FillSources.of(config, own=opened.tokenizer, made=tokenizer, id_map=id_map))
     resized = dataclasses.replace(
         description,
         shape=dataclasses.replace(description.shape, vocab_size=id_map.vocab_size),
@@ -118,17 +128,18 @@ def resize_megatron(config: ResizeVocab) -> None:
             overwrite=config.overwrite,
             num_bytes=num_bytes,
             num_files=-(-num_bytes // _choose_file_bytes(num_bytes)),
-            work_bytes=count_fill_bytes(id_map.pieces, description.shape.hidden_size, _MASTER_BYTES),
+            work_bytes=count_fill_bytes(config.settings, id_map.pieces, description.shape.hidden_size, _MASTER_BYTES),
         )
         return
-    read = [*source.files, tokenizer.folder / MAP_FILE]
+    read = [*source.files, tokenizer.folder / MAP_FILE, *config.list_sources()]
+    inputs = [folder, config.tokenizer, *config.list_sources()]
     sizes = (slices.SLICE_BYTES, slices.CHUNK_BYTES)
     plan = fingerprint_plan("megatron", resized.to_dict(), config.settings, sizes, files=read)
     with continue_folder(config.output, overwrite=config.overwrite, plan=plan, num_bytes=num_bytes) as partial:
         target = partial.folder / (folder.name if opened.is_own else RELEASE)
         target.mkdir(exist_ok=True)
         num_layers = description.shape.num_layers
-        _write_tensors(source, target, specs, roles, id_map, config.settings.method, num_layers, partial)
+        _write_tensors(source, target, specs, roles, id_map, fill, num_layers, partial)
         _write_small_files(opened, target, resized, tokenizer, id_map)
         counts = {
             "base_vocab_size": id_map.base_vocab_size,
@@ -138,7 +149,7 @@ def resize_megatron(config: ResizeVocab) -> None:
             "new_rows": len(id_map.pieces),
             "matrices": sum(role != "copied" for role in roles.values()),
         }
-        write_stage(partial.folder / STAGE_FILE, config=config, inputs=[folder, config.tokenizer], counts=counts)
+        write_stage(partial.folder / STAGE_FILE, config=config, inputs=inputs, counts=counts)
     _logger.info(
         "%s: %d matrices of %d rows, %d new", config.output, counts["matrices"], id_map.vocab_size, len(id_map.pieces)
     )
@@ -197,7 +208,7 @@ def _write_tensors(
     specs: dict[str, TensorSpec],
     roles: dict[str, Role],
     id_map: IdMap,
-    method: str,
+    fill: Fill,
     num_layers: int,
     progress: PartialFolder,
 ) -> None:
@@ -208,7 +219,7 @@ def _write_tensors(
                 writer.reserve(key, offsets, sizes)
 
         def write_matrix(key: str) -> None:
-            _write_matrix(source, writer, key, specs[key], id_map, method if roles[key] == "filled" else None)
+            _write_matrix(source, writer, key, specs[key], id_map, fill if roles[key] == "filled" else None)
 
         def copy_part(part: Part, buffer: torch.Tensor) -> int:
             values = source.read(part.name, part.offsets, part.sizes, buffer)
@@ -264,17 +275,17 @@ def _write_matrix(
     key: str,
     spec: TensorSpec,
     id_map: IdMap,
-    method: str | None,
+    fill: Fill | None,
 ) -> None:
-    """Write one vocabulary matrix; ``method`` None fills new rows and padding with zeros."""
+    """Write one vocabulary matrix; ``fill`` None fills new rows and padding with zeros."""
     width = spec.shape[1]
     padding_H = torch.zeros(width, dtype=torch.float64)
     new_rows: Iterator[tuple[int, torch.Tensor]] = iter(())
-    if method is not None:
+    if fill is not None:
         master = f"{_STATE}{_MASTER}.{key}"
         base = _MatrixRows(source, master if source.shape(master) else key, id_map.base_vocab_size, width)
         padding_H = base.mean()
-        new_rows = _iterate_rows(method, base, id_map)
+        new_rows = _iterate_rows(fill, base)
     upcoming = next(new_rows, None)
     for start, stop in list_row_blocks(spec):
         rows_NH = torch.zeros(stop - start, width, dtype=spec.dtype)
@@ -287,6 +298,6 @@ def _write_matrix(
         writer.write_values(key, (start, 0), 0, rows_NH)
 
 
-def _iterate_rows(method: str, base: _MatrixRows, id_map: IdMap) -> Iterator[tuple[int, torch.Tensor]]:
-    for ids, rows_NH in FILL_METHODS[method](base, id_map.pieces):
+def _iterate_rows(fill: Fill, base: _MatrixRows) -> Iterator[tuple[int, torch.Tensor]]:
+    for ids, rows_NH in fill(base):
         yield from zip(ids, rows_NH, strict=True)
