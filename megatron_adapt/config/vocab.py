@@ -9,7 +9,9 @@ from megatron_adapt.config.require import require
 # The methods that read a setting; all read those that are not here.
 _READ_BY = {
     "piece_weights": ("subtoken_weighted",),
-    "seed": ("normal",),
+    "donor": ("linear_transform",),
+    "estimator": ("linear_transform",),
+    "seed": ("normal", "linear_transform"),
 }
 
 
@@ -17,13 +19,21 @@ _READ_BY = {
 class VocabSettings:
     """How the rows of new tokens are filled (table ``[vocab]``)."""
 
-    method: Literal["subtoken_mean", "subtoken_weighted", "mean", "normal", "align", "merge_tree"] = "subtoken_mean"
+    method: Literal[
+        "subtoken_mean", "subtoken_weighted", "mean", "normal", "align", "merge_tree", "linear_transform"
+    ] = "subtoken_mean"
     """subtoken_mean: mean of the rows of the old pieces that spell the token; subtoken_weighted: the same, weighted.
     mean: mean of all old rows. normal: drawn from their normal distribution. align: mean over the old pieces seen under
-    the token in --corpus. merge_tree: halves of the two parts that merge into it."""
+    the token in --corpus. merge_tree: halves of the two parts that merge into it. linear_transform: rows of --donor, a
+    model of the new language, through the best linear map onto the rows of shared tokens."""
     piece_weights: Literal["length", "position"] = "length"
     """What subtoken_weighted weighs a piece by. length: its bytes. position: its place, the last heaviest for input
     rows and the first for rows of the head."""
+    donor: Path | None = None
+    "Hugging Face folder of the model whose rows linear_transform maps, with its tokenizer; any hidden size."
+    estimator: Literal["auto", "ols", "ridge", "procrustes"] = "auto"
+    """The linear map. ols: least squares. ridge: with a penalty. procrustes: a rotation and one scale. auto: what
+    predicts held-out shared tokens best."""
     norm: Literal["none", "median", "quantile"] = "none"
     """Length of the new rows. none: as the method gives it. median: that of the median old row. quantile: as spread as
     the old rows', ranks kept."""
@@ -40,6 +50,10 @@ class VocabSettings:
                 f"vocab.{item.name}: {value} has no effect with method {self.method}; leave it out, or use "
                 f"{' or '.join(methods)}",
             )
+        require(
+            self.donor is not None or self.method != "linear_transform",
+            "vocab.donor: missing; name the folder of the model whose rows linear_transform maps",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,4 +90,4 @@ class ResizeVocab:
 
     def list_sources(self) -> list[Path]:
         """List what the method reads besides model and tokenizer."""
-        return list(self.corpus)
+        return [*self.corpus, *([] if self.settings.donor is None else [self.settings.donor])]

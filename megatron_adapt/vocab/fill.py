@@ -26,9 +26,10 @@ from megatron_adapt.vocab.norms import match_median, match_quantiles, measure_no
 from megatron_adapt.vocab.rows import BaseRows, Fill, FillSources, combine_rows, divide_ids, name_matrix
 from megatron_adapt.vocab.spread import plan_mean, plan_normal
 from megatron_adapt.vocab.subtoken import plan_subtoken_mean, plan_subtoken_weighted
+from megatron_adapt.vocab.transform import plan_linear_transform
 
 _logger = logging.getLogger(__name__)
-_NUM_SQUARES = {"normal": 2}
+_NUM_SQUARES = {"normal": 2, "linear_transform": 5}
 "Matrices H x H in fp64 that a method holds."
 
 FILL_METHODS: dict[str, Callable[[FillSources], Fill]] = {
@@ -38,6 +39,7 @@ FILL_METHODS: dict[str, Callable[[FillSources], Fill]] = {
     "normal": plan_normal,
     "align": plan_align,
     "merge_tree": plan_merge_tree,
+    "linear_transform": plan_linear_transform,
 }
 
 
@@ -45,7 +47,7 @@ def plan_fill(sources: FillSources) -> Fill:
     """Return the function that computes the new rows of a matrix; every new id comes exactly once, in order.
 
     Raises:
-        CheckpointError: later, a matrix whose mean row is not finite.
+        CheckpointError: a donor is damaged or does not fit; later, a matrix whose mean row is not finite.
         ConfigError: the method lacks what it reads.
         DataError: a corpus or a tokenizer is damaged.
     """
