@@ -203,7 +203,12 @@ def plan_adaptation(recipe: Recipe, run: RunFolder, base_model: Path) -> Iterato
     )
     yield Command("build_tokenizer", build, run.tokenizer / STAGE_FILE)
     resize = ResizeVocab(
-        model=base_model, tokenizer=run.tokenizer, output=run.resized, overwrite=True, settings=recipe.vocab
+        model=base_model,
+        tokenizer=run.tokenizer,
+        output=run.resized,
+        corpus=new if recipe.vocab.method == "align" else (),
+        overwrite=True,
+        settings=recipe.vocab,
     )
     yield Command("resize_vocab", resize, run.resized / STAGE_FILE)
     yield _convert(recipe, run.resized, "megatron", run.megatron)

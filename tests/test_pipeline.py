@@ -141,6 +141,14 @@ def test_commands_follow_the_pipeline(tmp_path):
     ]  # fmt: skip
 
 
+def test_only_align_is_given_the_documents_of_the_new_language(tmp_path):
+    path = make_run(tmp_path)
+    for method, is_read in (("subtoken_mean", False), ("align", True)):
+        recipe = load(path, "--vocab.method", method)
+        build, resize, *_ = plan_adaptation(recipe, RunFolder(recipe.work_dir), recipe.base_model)
+        assert resize.config.corpus == (build.config.corpus if is_read else ())
+
+
 def test_sources_of_a_language_are_made_apart_and_scored_together(tmp_path):
     path = make_run(tmp_path)
     raw = tmp_path / "raw"
