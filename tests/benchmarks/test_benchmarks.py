@@ -19,6 +19,7 @@ SIZES = {
     "attention": ("--quick", "--size", "64"),
     "blend": ("--quick", "--size", "20000"),
     "merges": ("--size", "0.2", "--pieces", "100"),
+    "fill": ("--quick", "--size", "16"),
     "convert": ("--size", "0.004"),
     "preprocess": ("--size", "0.1", "--workers", "1", "--rounds", "1"),  # a round starts seven processes
     "text_loops": ("--size", "0.1"),
@@ -32,6 +33,7 @@ KEYS = {
     },
     "preprocess": {"mb", "real_text", "workers", "paths", "cases"},
     "text_loops": {"mb", "real_text", "cases"},
+    "fill": {"columns", "cases"},
 }  # fmt: skip
 CASE_KEYS = {
     "attention": {
@@ -45,6 +47,7 @@ CASE_KEYS = {
     },
     "preprocess": {"case", "time_ratio"},
     "text_loops": {"case", "mb_per_second", "time_ratio"},
+    "fill": {"case", "seconds", "time_ratio", "extra_mib"},
 }  # fmt: skip
 
 
@@ -72,6 +75,7 @@ def test_every_benchmark_is_tested():
         pytest.param("attention", marks=pytest.mark.slow),
         pytest.param("blend", marks=pytest.mark.slow),
         "merges",
+        pytest.param("fill", marks=pytest.mark.slow),
         pytest.param("convert", marks=pytest.mark.slow),
         pytest.param("preprocess", marks=pytest.mark.slow),
         "text_loops",
