@@ -123,13 +123,13 @@ def _convert_to_hf(config: ConvertCheckpoint) -> None:
     fingerprint = None if tokenizer is None else tokenizer.fingerprint
     plan = fingerprint_plan(config.to, description.to_dict(), fingerprint, config.settings, _SIZES, files=source.files)
     with continue_folder(config.output, overwrite=config.overwrite, plan=plan, num_bytes=num_bytes) as partial:
-        stream_to_hf(source, partial.folder, shape, dtype=dtype, progress=partial)
+        known = stream_to_hf(source, partial.folder, shape, dtype=dtype, progress=partial)
         name = str(dtype or source.dtype(list_rules(shape)[0].megatron)).removeprefix("torch.")
         hf_config = change_config(opened.hf_config, vocab_size=shape.vocab_size, dtype=name)
         write_companions(partial.folder, config=hf_config, source=companions, tokenizer=tokenizer)
         write_card(partial.folder, name=config.output.name, shape=shape, step=description.step)
         (partial.folder / SUMS_FILE).unlink(missing_ok=True)  # of a run that was killed behind it
-        sum_files(partial.folder)
+        sum_files(partial.folder, known)
         if config.verify:
             _verify(config, partial.folder, opened)
         _write_record(partial.folder, config, description)

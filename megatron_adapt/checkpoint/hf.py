@@ -303,6 +303,17 @@ class HFWriter:
         with self._lock:
             self._left[name] -= num_values
 
+    def count_final_bytes(self) -> dict[Path, int]:
+        """Return how many leading bytes of each file will not change any more."""
+        final: dict[Path, int] = {}
+        complete = dict.fromkeys(self._files, True)
+        with self._lock:
+            for name, entry in self._entries.items():  # in the order of the files
+                complete[entry.file] &= not self._left[name]
+                if complete[entry.file]:
+                    final[entry.file] = entry.start + entry.spec.num_bytes
+        return final
+
     def sync(self) -> None:
         """Wait until what was written so far is on disk."""
         for descriptor in self._files.values():

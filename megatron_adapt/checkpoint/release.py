@@ -13,7 +13,7 @@ Cost: one read of the folder, two files at a time; upload by ``huggingface_hub``
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -77,8 +77,12 @@ def check_release(folder: Path) -> None:
     check_import_vocab(find_tokenizer(None, folder), shape.vocab_size, folder)
 
 
-def sum_files(folder: Path) -> list[str]:
+def sum_files(folder: Path, known: Mapping[str, str] | None = None) -> list[str]:
     """Compare the files of a folder with its ``SHA256SUMS``, write that where it is missing or lacks files.
+
+    Args:
+        folder: the model.
+        known: SHA-256 of files that were hashed while they were written, by name.
 
     Returns:
         Names of the files it covers, relative to the folder.
@@ -89,7 +93,9 @@ def sum_files(folder: Path) -> list[str]:
     names = sorted(
         str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and _is_summed(file, folder)
     )
-    found = dict(zip(names, _hash_files([folder / name for name in names]), strict=True))
+    found = dict(known or {})
+    unknown = [name for name in names if name not in found]
+    found.update(zip(unknown, _hash_files([folder / name for name in unknown]), strict=True))
     said = _read_sums(folder / SUMS_FILE)
     for name, digest in said.items():
         if found.get(name) != digest:
@@ -99,7 +105,8 @@ def sum_files(folder: Path) -> list[str]:
             )
     if found != said:
         with replace_file(folder / SUMS_FILE) as partial:
-            partial.write_text("".join(f"{digest}  {name}\n" for name, digest in found.items()), encoding="utf-8")
+            lines = (f"{found[name]}  {name}\n" for name in names)
+            partial.write_text("".join(lines), encoding="utf-8")
     return names
 
 

@@ -35,6 +35,7 @@ from megatron_adapt.checkpoint.layout import (
 )
 from megatron_adapt.checkpoint.resume import PartialFolder
 from megatron_adapt.checkpoint.slices import Slice, count_chunk_rows, list_slices, run_steps
+from megatron_adapt.checkpoint.sums import FollowingHasher
 from megatron_adapt.checkpoint.values import TensorSpec
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.logs import Advance, show_progress
@@ -174,7 +175,7 @@ def _write_padding(source: HFFolder, writer: DistWriter, item: Slice, spec: Tens
 
 def stream_to_hf(
     source: Source, target: Path, shape: LlamaShape, *, dtype: torch.dtype | None, progress: PartialFolder
-) -> None:
+) -> dict[str, str]:
     """Write the model tensors of a Megatron checkpoint as safetensors; the inverse of ``stream_to_megatron``.
 
     Args:
@@ -183,11 +184,18 @@ def stream_to_hf(
         shape: the model, with its true vocabulary: rows beyond it are padding and dropped.
         dtype: type to write, or None to keep that of the source.
         progress: how far that call came, and where to note how far this one comes.
+
+    Returns:
+        SHA-256 of the files, by name.
     """
     specs = spec_hf(source, shape, dtype)
     slices = list_slices(shape, {rule.megatron: source.dtype(rule.megatron).itemsize for rule in list_rules(shape)})
     watch = FiniteWatch(str(source.folder))
-    with HFWriter(target, specs) as writer, _show_bytes(slices, specs, progress.done) as advance:
+    with (
+        FollowingHasher() as hasher,
+        HFWriter(target, specs) as writer,
+        _show_bytes(slices, specs, progress.done) as advance,
+    ):
 
         def copy_slice(item: Slice, buffer: torch.Tensor) -> int:
             spec = specs[item.hf]
@@ -200,7 +208,15 @@ def stream_to_hf(
 
         for item in slices[: progress.done]:
             writer.count_written(item.hf, item.num_rows * torch.Size(specs[item.hf].shape[1:]).numel())
-        run_steps(slices, copy_slice, start=progress.done, save=_save_synced(writer, progress))
+
+        save_synced = _save_synced(writer, progress)
+
+        def save(done: int) -> None:
+            hasher.follow(writer.count_final_bytes())
+            save_synced(done)
+
+        run_steps(slices, copy_slice, start=progress.done, save=save)
+        return {path.name: digest for path, digest in hasher.finish(writer.count_final_bytes()).items()}
 
 
 def _save_synced(writer: DistWriter | HFWriter, progress: PartialFolder) -> Callable[[int], None]:

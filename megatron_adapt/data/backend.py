@@ -9,6 +9,7 @@ every word that it has met, 1.6 MB of memory a megabyte of real text, so it is l
 A third backend is one more function in ``_LOADERS``. Source: https://github.com/marcelroed/gigatoken (0.10).
 """
 
+import ctypes
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
@@ -122,7 +123,15 @@ class _BoundedGigatoken:
     def renew_if_large(self) -> None:
         if self._process.memory_info().rss > self._limit:
             del self.encode_one
+            _return_memory()
             self._load()
+
+
+def _return_memory() -> None:
+    """Hand freed memory back to the system; glibc would keep it, and every renewal would begin higher."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 _LOADERS: dict[Backend, Callable[[str, np.dtype[Any], Affixes], Encoder]] = {

@@ -49,6 +49,8 @@ def test_what_the_writer_writes_the_library_reads(tmp_path_factory, max_shard_by
                 writer.write_rows(name, 0, tensor[:4])
             else:
                 writer.write(name, tensor)
+        final = writer.count_final_bytes()
+    assert final == {file: file.stat().st_size for file in folder.glob("*.safetensors")}
     found: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
         found.update(load_file(file))
@@ -58,6 +60,20 @@ def test_what_the_writer_writes_the_library_reads(tmp_path_factory, max_shard_by
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     again = HFFolder(folder)
     assert all(torch.equal(again.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_bytes_before_the_first_open_tensor_are_final(tmp_path):
+    specs = {name: TensorSpec((2, 3), torch.float32) for name in "abc"}
+    with HFWriter(tmp_path, specs) as writer:
+        assert writer.count_final_bytes() == {}
+        writer.write("b", torch.ones(2, 3))
+        assert writer.count_final_bytes() == {}
+        writer.write_rows("a", 1, torch.ones(1, 3))
+        writer.write_rows("a", 0, torch.ones(1, 3))
+        (path, final), *_ = writer.count_final_bytes().items()
+        assert final == path.stat().st_size
+        writer.write("c", torch.ones(2, 3))
+    assert path.stat().st_size == final + 24
 
 
 def test_payload_bits_of_nan_survive(tmp_path):
