@@ -1,8 +1,9 @@
 """Make a new set of weights out of Megatron checkpoints: without optimizer, averaged, or with more blocks.
 
 Reads: checkpoint roots (their latest step). Writes: a root with the weights as ``release``, from which a stage of
-training can start, and the Hugging Face files that travel with them. Guarantees: one box of a tensor is in memory at a
-time; what is only copied keeps its bits; the output appears whole or not at all.
+training can start, and the Hugging Face files that travel with them. Guarantees: a few parts of 2 MiB are in memory;
+what is only copied keeps its bits; free space is looked at first; the output appears whole; killed and started again,
+the work goes on behind what is done and ends with the same bytes.
 
 - ``strip_checkpoint``: the weights alone, in another type or in smaller files.
 - ``average_checkpoints``: the mean of the same model's weights, computed in fp64.
@@ -13,17 +14,20 @@ time; what is only copied keeps its bits; the output appears whole or not at all
 
 import dataclasses
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_adapt.checkpoint import slices
 from megatron_adapt.checkpoint.companions import find_tokenizer, write_companions
 from megatron_adapt.checkpoint.dist import DistReader, DistWriter
+from megatron_adapt.checkpoint.estimate import count_dist_bytes
 from megatron_adapt.checkpoint.hf import read_config
 from megatron_adapt.checkpoint.layout import STACKED_PREFIX, check_megatron_tensors, list_extra_states, list_rules
+from megatron_adapt.checkpoint.parts import Part, list_parts, write_model
+from megatron_adapt.checkpoint.resume import PartialFolder, continue_folder, fingerprint_plan
 from megatron_adapt.checkpoint.root import (
     HF_FOLDER,
     RELEASE,
@@ -33,18 +37,16 @@ from megatron_adapt.checkpoint.root import (
     write_description,
     write_latest,
 )
-from megatron_adapt.checkpoint.values import TensorSpec, torch_dtype
+from megatron_adapt.checkpoint.values import TensorSpec, list_boxes, torch_dtype
 from megatron_adapt.config import AverageCheckpoints, ExpandBlocks, StripCheckpoint
 from megatron_adapt.errors import CheckpointError, ConfigError
-from megatron_adapt.files import STAGE_FILE, replace_folder, write_stage
-from megatron_adapt.logs import show_progress
+from megatron_adapt.files import STAGE_FILE, write_stage
 
 _OUTPUT_PROJECTIONS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
-_BOX_BYTES = 64 << 20
 _logger = logging.getLogger(__name__)
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-"Offsets and sizes of a part of a tensor."
+_Opened = tuple[Path, Description, DistReader]
+"Iteration, what it says of itself, its tensors."
 
 
 def strip_checkpoint(config: StripCheckpoint) -> None:
@@ -54,11 +56,12 @@ def strip_checkpoint(config: StripCheckpoint) -> None:
         CheckpointError: the source is incomplete.
         ConfigError: the output exists.
     """
-    folder, description, source = _open(config.source)
+    opened = _open(config.source)
+    _, description, source = opened
     dtype = description.dtype if config.dtype == "keep" else config.dtype
     stripped = dataclasses.replace(description, step=0, dtype=dtype)
     specs = _spec(source, description, None if config.dtype == "keep" else torch_dtype(config.dtype))
-    _write(config, [folder], stripped, specs, source.read, max_file_bytes=config.max_file_mib << 20)
+    _write(config, [opened], stripped, specs, source.read, max_file_bytes=config.max_file_mib << 20)
 
 
 def average_checkpoints(config: AverageCheckpoints) -> None:
@@ -68,7 +71,8 @@ def average_checkpoints(config: AverageCheckpoints) -> None:
         CheckpointError: a source is incomplete, or is another model than the first.
         ConfigError: the output exists.
     """
-    (first, description, source), *others = [_open(path) for path in config.sources]
+    opened = [_open(path) for path in config.sources]
+    (first, description, source), *others = opened
     for folder, other, _ in others:
         for name in ("shape", "padded_vocab_size", "tokenizer_fingerprint"):
             if getattr(other, name) != getattr(description, name):
@@ -83,8 +87,7 @@ def average_checkpoints(config: AverageCheckpoints) -> None:
         assert isinstance(total, torch.Tensor)
         return total / len(sources)
 
-    folders = [first, *(item[0] for item in others)]
-    _write(config, folders, dataclasses.replace(description, step=0), _spec(source, description, None), read_mean)
+    _write(config, opened, dataclasses.replace(description, step=0), _spec(source, description, None), read_mean)
 
 
 def expand_blocks(config: ExpandBlocks) -> None:
@@ -94,7 +97,8 @@ def expand_blocks(config: ExpandBlocks) -> None:
         CheckpointError: the source is incomplete.
         ConfigError: the output exists, or the blocks do not divide the layers.
     """
-    folder, description, source = _open(config.source)
+    opened = _open(config.source)
+    _, description, source = opened
     num_layers = description.shape.num_layers
     if num_layers % config.blocks:
         fitting = [count for count in range(1, num_layers + 1) if num_layers % count == 0]
@@ -111,14 +115,15 @@ def expand_blocks(config: ExpandBlocks) -> None:
     def read_expanded(key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
         if not _is_stacked(key):
             return source.read(key, offsets, sizes)
-        block = offsets[0]
-        if is_new[block] and key.endswith(_OUTPUT_PROJECTIONS):
-            return torch.zeros(sizes, dtype=specs[key].dtype)
-        return source.read(key, (copied[block], *offsets[1:]), sizes)
+        one, blocks = (1, *sizes[1:]), range(offsets[0], offsets[0] + sizes[0])
+        zeros = torch.zeros(one, dtype=specs[key].dtype)
+        is_zero = [is_new[block] and key.endswith(_OUTPUT_PROJECTIONS) for block in blocks]
+        read = [source.read(key, (copied[block], *offsets[1:]), one) for block in blocks]
+        return torch.cat([zeros if empty else values for empty, values in zip(is_zero, read, strict=True)])
 
     new_blocks = tuple(block for block, new in enumerate(is_new) if new)
     expanded = dataclasses.replace(description, shape=shape, step=0, new_blocks=new_blocks)
-    _write(config, [folder], expanded, specs, read_expanded, copied=copied)
+    _write(config, [opened], expanded, specs, read_expanded, copied=copied)
 
 
 def list_blocks(num_layers: int, num_new: int) -> tuple[list[int], list[bool]]:
@@ -132,7 +137,7 @@ def list_blocks(num_layers: int, num_new: int) -> tuple[list[int], list[bool]]:
     return copied, is_new
 
 
-def _open(path: Path) -> tuple[Path, Description, DistReader]:
+def _open(path: Path) -> _Opened:
     folder = find_checkpoint(path)
     description, source = read_description(folder), DistReader(folder)
     check_megatron_tensors(source.shape, description.shape, description.padded_vocab_size, str(folder))
@@ -152,23 +157,9 @@ def _is_stacked(key: str) -> bool:
     return key.startswith(STACKED_PREFIX)
 
 
-def _list_boxes(key: str, spec: TensorSpec) -> Iterator[Box]:
-    """Cut a tensor into boxes of rows, of one layer each."""
-    lead = 1 if _is_stacked(key) else 0
-    num_rows, inner = spec.shape[lead], spec.shape[lead + 1 :]
-    step = max(1, _BOX_BYTES // (spec.dtype.itemsize * math.prod(inner)))
-    for layer in range(spec.shape[0] if lead else 1):
-        for start in range(0, num_rows, step):
-            front = (layer,) if lead else ()
-            yield (
-                (*front, start, *[0] * len(inner)),
-                (*[1] * lead, min(step, num_rows - start), *inner),
-            )
-
-
 def _write(
     config: StripCheckpoint | AverageCheckpoints | ExpandBlocks,
-    folders: Sequence[Path],
+    opened: Sequence[_Opened],
     description: Description,
     specs: Mapping[str, TensorSpec],
     read: Callable[[str, tuple[int, ...], tuple[int, ...]], torch.Tensor],
@@ -177,33 +168,58 @@ def _write(
     copied: Sequence[int] | None = None,
 ) -> None:
     """Write the root: tensors, description, the files that travel with them, and the record."""
+    folders = [folder for folder, _, _ in opened]
     companions = folders[0].parent / HF_FOLDER
-    total = sum(spec.num_bytes for spec in specs.values()) / 1e6
-    with replace_folder(config.output, overwrite=config.overwrite) as partial:
-        release = partial / RELEASE
-        release.mkdir()
-        with (
-            show_progress("writing weights", total, "MB") as advance,
-            DistWriter(release, specs, max_file_bytes) as writer,
-        ):
-            for key, spec in specs.items():
-                for offsets, sizes in _list_boxes(key, spec):
-                    values = read(key, offsets, sizes).to(spec.dtype)
-                    writer.write(key, offsets, values)
-                    advance(values.nbytes / 1e6)
-            for key in list_extra_states(description.shape.num_layers):
-                writer.write_object(key, None)
-            writer.write_common({"iteration": 0, "checkpoint_version": 3.0})
+    files = [file for _, _, source in opened for file in source.files]
+    sizes = (slices.SLICE_BYTES, slices.CHUNK_BYTES, max_file_bytes)
+    plan = fingerprint_plan(type(config).__name__, description.to_dict(), sizes, files=files)
+    num_bytes = count_dist_bytes(specs, description.shape.num_layers)
+    with continue_folder(config.output, overwrite=config.overwrite, plan=plan, num_bytes=num_bytes) as partial:
+        release = partial.folder / RELEASE
+        release.mkdir(exist_ok=True)
+        _write_tensors(release, specs, read, description.shape.num_layers, max_file_bytes, partial)
         write_description(release, description)
         if companions.is_dir():
             hf_config = _adapt_config(read_config(companions), description, copied)
-            write_companions(
-                partial / HF_FOLDER, config=hf_config, source=companions, tokenizer=find_tokenizer(None, companions)
-            )
-        write_latest(partial, None)
+            tokenizer = find_tokenizer(None, companions)
+            write_companions(partial.folder / HF_FOLDER, config=hf_config, source=companions, tokenizer=tokenizer)
+        write_latest(partial.folder, None)
         counts = {"parameters": description.shape.num_parameters, "new_blocks": list(description.new_blocks)}
-        write_stage(partial / STAGE_FILE, config=config, inputs=list(folders), counts=counts)
+        write_stage(partial.folder / STAGE_FILE, config=config, inputs=folders, counts=counts)
     _logger.info("%s: weights of %s parameters", config.output, f"{counts['parameters']:,}")
+
+
+def _write_tensors(
+    target: Path,
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str, tuple[int, ...], tuple[int, ...]], torch.Tensor],
+    num_layers: int,
+    max_file_bytes: int | None,
+    progress: PartialFolder,
+) -> None:
+    with DistWriter(target, specs, max_file_bytes) as writer:
+        for key, spec in specs.items():
+            for offsets, sizes in list_boxes(spec, slices.CHUNK_BYTES):
+                writer.reserve(key, offsets, sizes)
+
+        def copy_part(part: Part, _: torch.Tensor) -> int:
+            values = read(part.name, part.offsets, part.sizes).to(specs[part.name].dtype)
+            writer.write_values(part.name, part.chunk, part.start, values)
+            return values.nbytes
+
+        write_model(
+            "writing weights",
+            writer,
+            matrices={},
+            write_matrix=lambda key: None,
+            parts=[part for key, spec in specs.items() for part in list_parts(key, spec)],
+            copy_part=copy_part,
+            total_bytes=sum(spec.num_bytes for spec in specs.values()),
+            progress=progress,
+        )
+        for key in list_extra_states(num_layers):
+            writer.write_object(key, None)
+        writer.write_common({"iteration": 0, "checkpoint_version": 3.0})
 
 
 def _adapt_config(config: dict[str, Any], description: Description, copied: Sequence[int] | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from megatron_adapt.checkpoint.companions import find_tokenizer, write_companion
 from megatron_adapt.checkpoint.estimate import count_hf_bytes, write_estimate
 from megatron_adapt.checkpoint.hf import HFFolder, HFWriter, count_shards, read_config, read_hf_shape
 from megatron_adapt.checkpoint.layout import EMBEDDING, HEAD, check_hf_tensors
+from megatron_adapt.checkpoint.parts import Part, write_model
 from megatron_adapt.checkpoint.resume import PartialFolder, continue_folder, fingerprint_plan
 from megatron_adapt.checkpoint.root import is_megatron_checkpoint
 from megatron_adapt.checkpoint.values import TensorSpec, list_row_blocks
@@ -37,7 +38,6 @@ from megatron_adapt.tokenizer.id_map import MAP_FILE, IdMap, read_id_map
 from megatron_adapt.tokenizer.pieces import read_tokenizer
 from megatron_adapt.vocab.fill import count_fill_bytes, plan_fill
 from megatron_adapt.vocab.fit import check_fit, list_runs, renumber_companions
-from megatron_adapt.vocab.parts import Part, write_model
 from megatron_adapt.vocab.resize_megatron import resize_megatron
 from megatron_adapt.vocab.rows import Fill, FillSources
 
@@ -149,6 +149,7 @@ def _write_weights(
             return rows.nbytes
 
         write_model(
+            "resizing",
             writer,
             matrices=matrices,
             write_matrix=write_matrix,

@@ -20,7 +20,6 @@ Cost: one copy of the checkpoint; memory of a few slices of 2 MiB and one chunk 
 
 import dataclasses
 import logging
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from megatron_adapt.checkpoint.dist import FORMAT_FILE, MAX_FILE_BYTES, DistRead
 from megatron_adapt.checkpoint.estimate import count_dist_bytes, write_estimate
 from megatron_adapt.checkpoint.layout import list_extra_states, list_rules
 from megatron_adapt.checkpoint.opened import OpenedCheckpoint, open_checkpoint
+from megatron_adapt.checkpoint.parts import Part, list_parts, write_model
 from megatron_adapt.checkpoint.resume import PartialFolder, continue_folder, fingerprint_plan
 from megatron_adapt.checkpoint.root import (
     DESCRIPTION_FILE,
@@ -55,7 +55,6 @@ from megatron_adapt.tokenizer.id_map import MAP_FILE, IdMap, read_id_map
 from megatron_adapt.tokenizer.pieces import LoadedTokenizer, read_tokenizer
 from megatron_adapt.vocab.fill import count_fill_bytes, plan_fill
 from megatron_adapt.vocab.fit import check_fit, list_runs, renumber_companions
-from megatron_adapt.vocab.parts import Part, write_model
 from megatron_adapt.vocab.rows import Fill, FillSources
 
 _logger = logging.getLogger(__name__)
@@ -227,10 +226,11 @@ def _write_tensors(
             return values.nbytes
 
         write_model(
+            "resizing",
             writer,
             matrices={key: spec for key, spec in specs.items() if roles[key] != "copied"},
             write_matrix=write_matrix,
-            parts=[part for key, spec in specs.items() if roles[key] == "copied" for part in _list_parts(key, spec)],
+            parts=[part for key, spec in specs.items() if roles[key] == "copied" for part in list_parts(key, spec)],
             copy_part=copy_part,
             total_bytes=total_bytes,
             progress=progress,
@@ -257,16 +257,6 @@ def _list_chunks(spec: TensorSpec, role: Role) -> Iterator[tuple[tuple[int, ...]
         return
     for start, stop in list_row_blocks(spec):
         yield (start, 0), (stop - start, spec.shape[1])
-
-
-def _list_parts(key: str, spec: TensorSpec) -> Iterator[Part]:
-    """Cut the chunks of a tensor that is copied into parts."""
-    for chunk, sizes in _list_chunks(spec, "copied"):
-        start = 0
-        for offsets, part in list_boxes(TensorSpec(sizes, spec.dtype), slices.SLICE_BYTES):
-            begin = tuple(one + other for one, other in zip(chunk, offsets, strict=True))
-            yield Part(key, begin, part, chunk, start)
-            start += math.prod(part)
 
 
 def _write_matrix(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_adapt.checkpoint import reshape
+from megatron_adapt.checkpoint import slices
 from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.dist import DistReader, DistWriter
 from megatron_adapt.checkpoint.reshape import average_checkpoints, expand_blocks, list_blocks, strip_checkpoint
@@ -18,6 +18,7 @@ from megatron_adapt.config import (
     StripCheckpoint,
 )
 from megatron_adapt.errors import CheckpointError, ConfigError
+from tests.helpers.kills import check_kills
 from tests.helpers.tiny import write_llama
 
 
@@ -52,7 +53,8 @@ def read_all(root):
 
 
 def test_weights_come_without_their_optimizer_and_bit_by_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(reshape, "_BOX_BYTES", 1000)
+    monkeypatch.setattr(slices, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(slices, "SLICE_BYTES", 300)
     root = make_checkpoint(tmp_path)
     before = change(root, lambda item: item, with_optimizer=True)
     strip_checkpoint(StripCheckpoint(source=root, output=tmp_path / "out"))
@@ -119,3 +121,30 @@ def test_blocks_that_do_not_divide_the_layers_are_refused(tmp_path):
         expand_blocks(ExpandBlocks(source=root, output=tmp_path / "out", blocks=3))
     with pytest.raises(ConfigError, match="--blocks: 0 is below 1"):
         ExpandBlocks(source=root, output=tmp_path / "out", blocks=0)
+
+
+SETUP = """
+from megatron_adapt.checkpoint.reshape import {work} as work
+from megatron_adapt.config import AverageCheckpoints, ExpandBlocks, StripCheckpoint
+
+source, output = Path({root!r}), Path({output!r})
+config = {config}
+"""
+KINDS = {
+    "strip_checkpoint": "StripCheckpoint(source=source, output=output)",
+    "average_checkpoints": "AverageCheckpoints(sources=(source, source), output=output)",
+    "expand_blocks": "ExpandBlocks(source=source, output=output, blocks=2)",
+}
+
+
+@pytest.mark.parametrize(
+    ("work", "num_moments"),
+    [
+        *((work, 3) for work in KINDS),
+        *(pytest.param(work, 20, marks=pytest.mark.slow) for work in KINDS),
+    ],
+)
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(work, num_moments, tmp_path):
+    root = make_checkpoint(tmp_path, num_hidden_layers=4)
+    setup = SETUP.format(work=work, config=KINDS[work], root=str(root), output=str(tmp_path / "out"))
+    check_kills(setup, tmp_path / "out", num_moments, seed=num_moments)

@@ -1,7 +1,7 @@
-"""Write a resized model part by part, so that a resize that was killed goes on behind the parts that are done.
+"""Write a model part by part, so that a resize or a reshape that was killed goes on behind the parts that are done.
 
-The vocabulary matrices come first, one after the other (``write_matrix`` of the caller); then ``copy_part`` copies the
-parts of all other tensors, a few at a time. How many are done is noted every 256 MiB (``checkpoint.slices``).
+Matrices that the caller writes whole come first, one after the other (``write_matrix``); then ``copy_part`` copies the
+parts of all other tensors, a few at a time. How many are done is noted every 256 MiB (``slices``).
 """
 
 import math
@@ -16,7 +16,7 @@ from megatron_adapt.checkpoint import slices
 from megatron_adapt.checkpoint.dist import DistWriter
 from megatron_adapt.checkpoint.hf import HFWriter
 from megatron_adapt.checkpoint.resume import PartialFolder
-from megatron_adapt.checkpoint.values import TensorSpec
+from megatron_adapt.checkpoint.values import TensorSpec, list_boxes
 from megatron_adapt.logs import show_progress
 
 
@@ -38,7 +38,18 @@ class Part(NamedTuple):
     start: int = 0
 
 
+def list_parts(name: str, spec: TensorSpec) -> Iterator[Part]:
+    """Cut a tensor of a Megatron checkpoint into chunks of ``slices.CHUNK_BYTES``, and these into parts."""
+    for chunk, sizes in list_boxes(spec, slices.CHUNK_BYTES):
+        start = 0
+        for offsets, part in list_boxes(TensorSpec(sizes, spec.dtype), slices.SLICE_BYTES):
+            begin = tuple(one + other for one, other in zip(chunk, offsets, strict=True))
+            yield Part(name, begin, part, chunk, start)
+            start += math.prod(part)
+
+
 def write_model(
+    title: str,
     writer: HFWriter | DistWriter,
     *,
     matrices: Mapping[str, TensorSpec],
@@ -51,8 +62,9 @@ def write_model(
     """Write every matrix and every part that an earlier run did not.
 
     Args:
+        title: what the progress bar says.
         writer: what the two functions write to.
-        matrices: the vocabulary matrices.
+        matrices: tensors that are written whole; may be none.
         write_matrix: writes all of one.
         parts: the rest of the model.
         copy_part: copies one in any thread, with ``slices.SLICE_BYTES`` of memory to use, and returns its bytes.
@@ -64,7 +76,7 @@ def write_model(
         writer.sync()
         progress.save(done)
 
-    with _show_bytes(total_bytes) as advance:
+    with _show_bytes(title, total_bytes) as advance:
         for number, (name, spec) in enumerate(matrices.items(), start=1):
             if number <= progress.done:
                 writer.count_written(name, math.prod(spec.shape))
@@ -85,10 +97,10 @@ def write_model(
 
 
 @contextmanager
-def _show_bytes(total_bytes: int) -> Iterator[Callable[[int], None]]:
+def _show_bytes(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     """Show progress in MB; may be called by several threads."""
     lock = threading.Lock()
-    with show_progress("resizing", total_bytes / 1e6, "MB") as advance:
+    with show_progress(title, total_bytes / 1e6, "MB") as advance:
 
         def advance_locked(num_bytes: int) -> None:
             with lock:
