@@ -1,6 +1,6 @@
 """Text to ids: by the ``tokenizers`` library, or by ``gigatoken`` where it gives the same.
 
-``tokenizers`` is the reference. ``gigatoken`` is 15 to 60 times as fast and rebuilds the tokenizer from its JSON; that
+``tokenizers`` is the reference. ``gigatoken`` is 5 to 12 times as fast and rebuilds the tokenizer from its JSON; that
 it gives the same ids is not taken on trust: ``choose_backend`` compares both on texts that are known to be difficult,
 on every added token and on a sample of the corpus, and every chunk of a run sends one more text to be compared.
 gigatoken knows nothing of the post-processor: what it adds (BOS) is found by ``find_affixes`` and added here. It keeps
@@ -181,7 +181,7 @@ def choose_backend(wanted: WantedBackend, tokenizer: LoadedTokenizer, sample: It
     if find_spec("gigatoken") is None:
         if wanted == "gigatoken":
             raise ConfigError("--backend: gigatoken is not installed; install it or use --backend tokenizers")
-        _logger.info("gigatoken is not installed; with it (pip install gigatoken) this goes 15 to 60 times as fast")
+        _logger.info("gigatoken is not installed; with it (pip install gigatoken) this goes 5 to 12 times as fast")
         return "tokenizers"
     problem = _find_problem(tokenizer, sample)
     if problem is None:
