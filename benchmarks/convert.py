@@ -31,7 +31,7 @@ from measuring.rounds import Measured, compare, measure, run_in_turns, start_pro
 
 from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.hf import HFFolder, HFWriter
-from megatron_adapt.checkpoint.layout import list_parts, list_rules, shape_hf
+from megatron_adapt.checkpoint.layout import list_hf_tensors
 from megatron_adapt.checkpoint.values import TensorSpec, list_row_blocks
 from megatron_adapt.config import ConvertCheckpoint
 from megatron_adapt.errors import ConfigError
@@ -71,12 +71,7 @@ def choose_config(num_bytes: float) -> dict[str, Any]:
 def write_model(folder: Path, config: dict[str, Any]) -> LlamaShape:
     """Write a Hugging Face folder with weights drawn from a fixed seed, a few rows at a time."""
     shape = read_shape(config, "config")
-    specs = {
-        name: TensorSpec(size, torch.bfloat16)
-        for rule in list_rules(shape)
-        for layer in list_parts(rule, shape)
-        for name, size in zip(rule.name_hf(layer), shape_hf(rule, shape), strict=True)
-    }
+    specs = {name: TensorSpec(size, torch.bfloat16) for _, name, size in list_hf_tensors(shape)}
     folder.mkdir()
     write_json(folder / "config.json", config)
     generator = torch.Generator().manual_seed(0)

@@ -5,6 +5,7 @@
 // Time: one pass over the line, a second one over a text with escapes.
 
 #include "lines.h"
+#include "utf8.h"
 
 #include <cstdint>
 #include <cstring>
@@ -172,25 +173,6 @@ class Reader {
     const char* at_;
     const char* end_;
 };
-
-void append_utf8(uint32_t c, std::string& out) {
-    if (c < 0x80) {
-        out += static_cast<char>(c);
-        return;
-    }
-    if (c < 0x800) {
-        out += static_cast<char>(0xC0 | c >> 6);
-    } else {
-        if (c < 0x10000) {
-            out += static_cast<char>(0xE0 | c >> 12);
-        } else {
-            out += static_cast<char>(0xF0 | c >> 18);
-            out += static_cast<char>(0x80 | (c >> 12 & 0x3F));
-        }
-        out += static_cast<char>(0x80 | (c >> 6 & 0x3F));
-    }
-    out += static_cast<char>(0x80 | (c & 0x3F));
-}
 
 // Resolves the escapes of a string that ``take_string`` has read.
 void unescape(std::string_view raw, std::string& out) {

@@ -5,6 +5,7 @@
 // open addressing. Time: about 10 ns a character. Memory: the bytes of the distinct words and 40 bytes for each.
 
 #include "runs.h"
+#include "utf8.h"
 
 #include <pybind11/numpy.h>
 
@@ -91,25 +92,6 @@ class Counts {
     char* next_ = nullptr;
     size_t room_ = 0;
 };
-
-void append_utf8(uint32_t c, std::string& out) {
-    if (c < 0x80) {
-        out += static_cast<char>(c);
-        return;
-    }
-    if (c < 0x800) {
-        out += static_cast<char>(0xC0 | c >> 6);
-    } else {
-        if (c < 0x10000) {
-            out += static_cast<char>(0xE0 | c >> 12);
-        } else {
-            out += static_cast<char>(0xF0 | c >> 18);
-            out += static_cast<char>(0x80 | (c >> 12 & 0x3F));
-        }
-        out += static_cast<char>(0x80 | (c >> 6 & 0x3F));
-    }
-    out += static_cast<char>(0x80 | (c & 0x3F));
-}
 
 template <class Char>
 void count_text(const Char* text, size_t size, const uint8_t* classes, const std::vector<Class>& kinds, Counts& counts) {

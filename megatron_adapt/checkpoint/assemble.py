@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from megatron_adapt.checkpoint.layout import STACKED_PREFIX
-from megatron_adapt.checkpoint.values import TensorSpec
+from megatron_adapt.checkpoint.values import TensorSpec, gather_box
 from megatron_adapt.errors import CheckpointError
 
 ReadBox = Callable[[Sequence[int], Sequence[int], torch.Tensor | None], torch.Tensor]
@@ -132,21 +132,11 @@ class AssembledSource:
     def _read_layer(
         self, key: str, layer: int, starts: Sequence[int], sizes: Sequence[int], buffer: torch.Tensor | None
     ) -> torch.Tensor:
-        values: torch.Tensor | None = None
-        covered = 0
-        for part in self._tensors[key][layer]:
-            begin = [max(a, b) for a, b in zip(starts, part.offsets, strict=True)]
-            end = [min(a + n, b + m) for a, n, b, m in zip(starts, sizes, part.offsets, part.sizes, strict=True)]
-            box = [b - a for a, b in zip(begin, end, strict=True)]
-            if min(box) <= 0:
-                continue
+        def read_part(part: Part, begin: list[int], end: list[int]) -> torch.Tensor:
             inner = [i + a - o for i, a, o in zip(part.inner, begin, part.offsets, strict=True)]
-            found = part.read(inner, box, buffer)
-            if box == list(sizes):
-                return found
-            values = torch.empty(tuple(sizes), dtype=part.dtype) if values is None else values
-            values[tuple(slice(a - s, b - s) for a, b, s in zip(begin, end, starts, strict=True))] = found
-            covered += math.prod(box)
+            return part.read(inner, [b - a for a, b in zip(begin, end, strict=True)], buffer)
+
+        values, covered = gather_box(starts, sizes, self._tensors[key][layer], read_part)
         if values is None or covered != values.numel():
             raise CheckpointError(
                 f"{self.folder}: {key} of layer {layer} is stored for {covered} of {math.prod(sizes)} values; the "

@@ -28,14 +28,17 @@ import torch
 
 from megatron_adapt.checkpoint.archive import ALIGNMENT, MAX_VALUES_BYTES, Place, find_values, wrap_values
 from megatron_adapt.checkpoint.index import Chunk, Index, StoredTensor, read_index, write_index
+from megatron_adapt.checkpoint.layout import list_extra_states
 from megatron_adapt.checkpoint.root import METADATA_FILE
-from megatron_adapt.checkpoint.values import TensorSpec, read_values, write_bytes, write_values
+from megatron_adapt.checkpoint.values import TensorSpec, gather_box, read_values, write_bytes, write_values
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.files import write_json
 
 FORMAT_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
 MAX_FILE_BYTES = 1 << 30
+CHECKPOINT_VERSION = 3.0
+"Tells Megatron-LM how query, key and value rows are ordered; see ``layout.list_runs``."
 
 
 class _Reserved(NamedTuple):
@@ -147,6 +150,12 @@ class DistWriter:
         """Set what goes to ``common.pt``: plain values that are the same on every rank."""
         self._common = dict(values)
 
+    def write_release_state(self, num_layers: int) -> None:
+        """Write what stock Megatron-LM asks of weights beside them: empty quantisation states, and step 0."""
+        for key in list_extra_states(num_layers):
+            self.write_object(key, None)
+        self.write_common({"iteration": 0, "checkpoint_version": CHECKPOINT_VERSION})
+
     def sync(self) -> None:
         """Wait until what was written so far is on disk."""
         for descriptor in list(self._files.values()):
@@ -248,19 +257,11 @@ class DistReader:
         tensor = self._index.tensors[key]
         starts = list(offsets) if offsets is not None else [0] * len(tensor.shape)
         shape = list(sizes) if sizes is not None else list(tensor.shape)
-        values: torch.Tensor | None = None
-        covered = 0
-        for chunk in self._sorted[key].find(starts, shape):
-            begin = [max(a, b) for a, b in zip(starts, chunk.offsets, strict=True)]
-            end = [min(a + n, b + m) for a, n, b, m in zip(starts, shape, chunk.offsets, chunk.sizes, strict=True)]
-            if any(a >= b for a, b in zip(begin, end, strict=True)):
-                continue
-            box = self._read_chunk(key, chunk, begin, end, buffer)
-            if list(box.shape) == shape:
-                return box
-            values = torch.empty(shape, dtype=tensor.dtype) if values is None else values
-            values[tuple(slice(a - s, b - s) for a, b, s in zip(begin, end, starts, strict=True))] = box
-            covered += box.numel()
+
+        def read_chunk(chunk: Chunk, begin: list[int], end: list[int]) -> torch.Tensor:
+            return self._read_chunk(key, chunk, begin, end, buffer)
+
+        values, covered = gather_box(starts, shape, self._sorted[key].find(starts, shape), read_chunk)
         if values is None or covered != values.numel():
             raise CheckpointError(
                 f"{self.folder}: chunks of {key} hold {covered} of {math.prod(shape)} values; the checkpoint is "

@@ -89,13 +89,13 @@ class DistCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._reader = DistReader(folder)
+        self.reader = DistReader(folder)
         common = read_saved(folder / COMMON_FILE) if (folder / COMMON_FILE).is_file() else {}
         common = common if isinstance(common, dict) else {}
         self.arguments, self.step = read_run(common, str(folder))
-        rows = self._reader.shape(EMBEDDING_KEY)
+        rows = self.reader.shape(EMBEDDING_KEY)
         if not rows:
-            named = [key for key in self._reader.keys if key.endswith(EMBEDDING_KEY)]
+            named = [key for key in self.reader.keys if key.endswith(EMBEDDING_KEY)]
             raise CheckpointError(
                 f"{folder}: no tensor {EMBEDDING_KEY}{f', only {named[0]}' if named else ''}; this is no torch_dist "
                 "checkpoint of a language model that Megatron-LM saved"
@@ -115,15 +115,15 @@ class DistCheckpoint:
                 tensors[rule.megatron] = [
                     self._find_layer(rule, layer, shape, known) for layer in range(shape.num_layers)
                 ]
-            elif self._reader.shape(rule.megatron) is not None:
+            elif self.reader.shape(rule.megatron) is not None:
                 tensors[rule.megatron] = [[self._part(rule.megatron, None, known)]]
         missing = [rule.megatron for rule in list_rules(shape) if rule.megatron not in tensors]
         if missing:
             raise CheckpointError(
                 f"{self.folder}: no tensor {missing[0]}; the checkpoint is incomplete, fetch it again"
             )
-        refuse_unknown(self._reader.keys, known, shape, str(self.folder))
-        return AssembledSource(self.folder, self._reader.files, tensors)
+        refuse_unknown(self.reader.keys, known, shape, str(self.folder))
+        return AssembledSource(self.folder, self.reader.files, tensors)
 
     def _find_layer(self, rule: TensorRule, layer: int, shape: LlamaShape, known: set[str]) -> list[Part]:
         """Return the parts of one layer, under whichever names they are stored."""
@@ -131,16 +131,16 @@ class DistCheckpoint:
         names = [name, *([LOCAL_NAMES[name]] if name in LOCAL_NAMES else [])]
         for one in names:
             stacked, own = f"{STACKED_PREFIX}{one}", f"{STACKED_PREFIX}{layer}.{one}"
-            found = self._reader.shape(stacked)
+            found = self.reader.shape(stacked)
             if found is not None:
                 self._check_depth(stacked, found[0], shape)
                 return [self._part(stacked, layer, known)]
-            if self._reader.shape(own) is not None:
+            if self.reader.shape(own) is not None:
                 return [self._part(own, None, known)]
         if rule.kind == "gate_up":
             for front, depth in ((STACKED_PREFIX, layer), (f"{STACKED_PREFIX}{layer}.", None)):
                 halves = [f"{front}{name}_{half}" for half in "wv"]
-                if all(self._reader.shape(half) is not None for half in halves):
+                if all(self.reader.shape(half) is not None for half in halves):
                     gate = self._part(halves[0], depth, known)
                     return [gate, self._part(halves[1], depth, known, first_row=gate.sizes[0])]
         raise CheckpointError(
@@ -157,12 +157,12 @@ class DistCheckpoint:
 
     def _part(self, key: str, layer: int | None, known: set[str], first_row: int = 0) -> Part:
         known.add(key)
-        size = self._reader.shape(key)
+        size = self.reader.shape(key)
         assert size, key
         size = size if layer is None else size[1:]
         zeros = (0,) * len(size)
-        read = partial(_read_dist, self._reader, key, layer)
-        return Part((first_row, *zeros[1:]), size, zeros, self._reader.dtype(key), read)
+        read = partial(_read_dist, self.reader, key, layer)
+        return Part((first_row, *zeros[1:]), size, zeros, self.reader.dtype(key), read)
 
 
 def _read_dist(

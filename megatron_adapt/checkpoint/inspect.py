@@ -90,7 +90,7 @@ def _describe_foreign(iter_folder: Path) -> dict[str, Any]:
             (name, item.spec) for _, parts in checkpoint.partitions for part in parts for name, item in part.items()
         ]
     else:
-        reader = DistReader(iter_folder)
+        reader = checkpoint.reader
         found = {"format": "Megatron torch_dist of another program", "files": len(reader.files) - 1}
         specs = _list_specs(reader)
     try:

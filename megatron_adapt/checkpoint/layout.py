@@ -11,7 +11,7 @@ Source: megatron-core 0.16 ``models/gpt/gpt_layer_specs.py`` (``sharded_state_di
 ``transformer/attention.py`` (order of query, key and value rows), ``transformer/mlp.py`` (gate and up rows).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -142,6 +142,15 @@ def shape_hf(rule: TensorRule, shape: LlamaShape) -> list[tuple[int, ...]]:
     return [(hidden,)]
 
 
+def list_hf_tensors(shape: LlamaShape) -> Iterator[tuple[TensorRule, str, tuple[int, ...]]]:
+    """Yield rule, name and shape of every Hugging Face tensor of a model."""
+    for rule in list_rules(shape):
+        sizes = shape_hf(rule, shape)
+        for layer in list_parts(rule, shape):
+            for name, size in zip(rule.name_hf(layer), sizes, strict=True):
+                yield rule, name, size
+
+
 def shape_megatron(rule: TensorRule, shape: LlamaShape, padded_vocab_size: int) -> tuple[int, ...]:
     """Return the shape of the Megatron tensor, with its layer axis where it has one."""
     if rule.kind == "vocab":
@@ -202,12 +211,7 @@ def check_hf_tensors(shapes: Mapping[str, tuple[int, ...]], shape: LlamaShape, w
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape.
     """
-    expected = {
-        name: size
-        for rule in list_rules(shape)
-        for layer in list_parts(rule, shape)
-        for name, size in zip(rule.name_hf(layer), shape_hf(rule, shape), strict=True)
-    }
+    expected = {name: size for _, name, size in list_hf_tensors(shape)}
     _compare_shapes({name: size for name, size in shapes.items() if not _is_redundant(name, shape)}, expected, where)
 
 

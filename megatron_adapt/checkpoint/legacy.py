@@ -260,12 +260,12 @@ def _sort_chunk(key: str) -> int:
 def _check_settings(stages: Sequence[Sequence[_Partition]], arguments: Mapping[str, Any] | None) -> None:
     """Refuse partitions that cannot be of one run."""
     first = stages[0][0]
+    _, first_step = read_run(first.values, str(first.path))
     for rank in (rank for stage in stages for rank in stage):
         _, step = read_run(rank.values, str(rank.path))
-        _, other = read_run(first.values, str(first.path))
-        if step != other:
+        if step != first_step:
             raise CheckpointError(
-                f"{rank.path}: of step {step}, but {first.path} of step {other}; fetch the partitions of one step"
+                f"{rank.path}: of step {step}, but {first.path} of step {first_step}; fetch the partitions of one step"
             )
         if len(rank.chunks) != len(first.chunks):
             raise CheckpointError(

@@ -108,7 +108,7 @@ def open_checkpoint(path: Path, tokenizer: Path | None = None, *, vocab_size: in
     )
 
 
-def open_foreign(folder: Path) -> ForeignCheckpoint:
+def open_foreign(folder: Path) -> DistCheckpoint | LegacyCheckpoint:
     """Open an iteration that has no ``adapt.json``.
 
     Raises:

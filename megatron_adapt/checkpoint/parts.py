@@ -38,7 +38,7 @@ class Part(NamedTuple):
     start: int = 0
 
 
-def list_parts(name: str, spec: TensorSpec) -> Iterator[Part]:
+def cut_parts(name: str, spec: TensorSpec) -> Iterator[Part]:
     """Cut a tensor of a Megatron checkpoint into chunks of ``slices.CHUNK_BYTES``, and these into parts."""
     for chunk, sizes in list_boxes(spec, slices.CHUNK_BYTES):
         start = 0

@@ -25,8 +25,8 @@ from megatron_adapt.checkpoint.companions import find_tokenizer, write_companion
 from megatron_adapt.checkpoint.dist import DistReader, DistWriter
 from megatron_adapt.checkpoint.estimate import count_dist_bytes
 from megatron_adapt.checkpoint.hf import read_config
-from megatron_adapt.checkpoint.layout import STACKED_PREFIX, check_megatron_tensors, list_extra_states, list_rules
-from megatron_adapt.checkpoint.parts import Part, list_parts, write_model
+from megatron_adapt.checkpoint.layout import STACKED_PREFIX, check_megatron_tensors, list_rules
+from megatron_adapt.checkpoint.parts import Part, cut_parts, write_model
 from megatron_adapt.checkpoint.resume import PartialFolder, continue_folder, fingerprint_plan
 from megatron_adapt.checkpoint.root import (
     HF_FOLDER,
@@ -212,14 +212,12 @@ def _write_tensors(
             writer,
             matrices={},
             write_matrix=lambda key: None,
-            parts=[part for key, spec in specs.items() for part in list_parts(key, spec)],
+            parts=[part for key, spec in specs.items() for part in cut_parts(key, spec)],
             copy_part=copy_part,
             total_bytes=sum(spec.num_bytes for spec in specs.values()),
             progress=progress,
         )
-        for key in list_extra_states(num_layers):
-            writer.write_object(key, None)
-        writer.write_common({"iteration": 0, "checkpoint_version": 3.0})
+        writer.write_release_state(num_layers)
 
 
 def _adapt_config(config: dict[str, Any], description: Description, copied: Sequence[int] | None) -> dict[str, Any]:

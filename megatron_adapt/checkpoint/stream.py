@@ -27,10 +27,9 @@ from megatron_adapt.checkpoint.layout import (
     HEAD,
     STACKED_PREFIX,
     TensorRule,
-    list_extra_states,
+    list_hf_tensors,
     list_parts,
     list_rules,
-    shape_hf,
     shape_megatron,
 )
 from megatron_adapt.checkpoint.resume import PartialFolder
@@ -40,9 +39,6 @@ from megatron_adapt.checkpoint.values import TensorSpec
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.logs import Advance, show_progress
 from megatron_adapt.shape import LlamaShape
-
-_CHECKPOINT_VERSION = 3.0
-"Tells Megatron-LM how query, key and value rows are ordered; see ``list_runs``."
 
 
 def stream_to_megatron(
@@ -89,9 +85,7 @@ def stream_to_megatron(
         for item in slices[: progress.done]:
             writer.count_written(item.key, item.num_rows * _row_shape(item, specs[item.key]).numel())
         run_steps(slices, copy_slice, start=progress.done, save=_save_synced(writer, progress))
-        for key in list_extra_states(shape.num_layers):
-            writer.write_object(key, None)
-        writer.write_common({"iteration": 0, "checkpoint_version": _CHECKPOINT_VERSION})
+        writer.write_release_state(shape.num_layers)
 
 
 def spec_megatron(
@@ -119,12 +113,7 @@ def spec_megatron(
 
 def spec_hf(source: Source, shape: LlamaShape, dtype: torch.dtype | None) -> dict[str, TensorSpec]:
     """Return the tensors that ``stream_to_hf`` writes, by name."""
-    return {
-        name: TensorSpec(size, dtype or source.dtype(rule.megatron))
-        for rule in list_rules(shape)
-        for layer in list_parts(rule, shape)
-        for name, size in zip(rule.name_hf(layer), shape_hf(rule, shape), strict=True)
-    }
+    return {name: TensorSpec(size, dtype or source.dtype(rule.megatron)) for rule, name, size in list_hf_tensors(shape)}
 
 
 def _row_shape(item: Slice, spec: TensorSpec) -> torch.Size:

@@ -2,8 +2,8 @@
 
 import itertools
 import os
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -11,6 +11,18 @@ from megatron_adapt.errors import CheckpointError
 
 BLOCK_BYTES = 4 << 20
 "Most bytes of a matrix that are in memory at a time where it is handled row by row."
+
+
+class _Box(Protocol):
+    @property
+    def offsets(self) -> tuple[int, ...]: ...
+
+    @property
+    def sizes(self) -> tuple[int, ...]: ...
+
+
+StoredBox = TypeVar("StoredBox", bound=_Box)
+"A part of a tensor that is stored in one piece: where it begins, and its shape."
 
 
 class TensorSpec(NamedTuple):
@@ -53,6 +65,39 @@ def list_boxes(spec: TensorSpec, max_bytes: int) -> Iterator[tuple[tuple[int, ..
         for start in range(0, spec.shape[axis], step):
             rows = min(step, spec.shape[axis] - start)
             yield (*front, start, *zeros), (*[1] * axis, rows, *inner)
+
+
+def gather_box(
+    starts: Sequence[int],
+    sizes: Sequence[int],
+    stored: Iterable[StoredBox],
+    read: Callable[[StoredBox, list[int], list[int]], torch.Tensor],
+) -> tuple[torch.Tensor | None, int]:
+    """Put the box of ``sizes`` that begins at ``starts`` together from stored boxes that do not overlap.
+
+    Args:
+        starts: where the box begins.
+        sizes: its shape.
+        stored: boxes that may hold a part of it.
+        read: reads the values of a stored box from one place up to another, both in the whole tensor.
+
+    Returns:
+        The values (None where no stored box touches them), and how many of them the stored boxes hold.
+    """
+    values: torch.Tensor | None = None
+    covered = 0
+    for item in stored:
+        begin = [max(a, b) for a, b in zip(starts, item.offsets, strict=True)]
+        end = [min(a + n, b + m) for a, n, b, m in zip(starts, sizes, item.offsets, item.sizes, strict=True)]
+        if any(a >= b for a, b in zip(begin, end, strict=True)):
+            continue
+        found = read(item, begin, end)
+        if tuple(found.shape) == tuple(sizes):
+            return found, found.numel()
+        values = torch.empty(tuple(sizes), dtype=found.dtype) if values is None else values
+        values[tuple(slice(a - s, b - s) for a, b, s in zip(begin, end, starts, strict=True))] = found
+        covered += found.numel()
+    return values, covered
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

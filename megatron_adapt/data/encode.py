@@ -116,7 +116,7 @@ def _preprocess(config: PreprocessData, backend: WantedBackend, *, begin_anew: b
             header = _make_header(config, job)
             with closing(open_manifest(folder, header, discard=config.overwrite)) as manifest:
                 if job.splitter:
-                    _keep_splitter(job.splitter, folder)
+                    job.splitter.keep(folder)
                 check = partial(_check_backend, config, backend, tokenizer, job)
                 skipped_lines = _encode(config, workers, tokenizer, job, manifest, check)
                 records = _count(config, tokenizer, manifest)
@@ -198,12 +198,6 @@ def _choose_splitter(config: PreprocessData, folder: Path) -> "Splitter":
     from megatron_adapt.data.split import choose_splitter
 
     return choose_splitter(config, folder)
-
-
-def _keep_splitter(splitter: "Splitter", folder: Path) -> None:
-    from megatron_adapt.data.split import keep_splitter
-
-    keep_splitter(splitter, folder)
 
 
 def _sample_texts(config: PreprocessData) -> Iterator[str]:

@@ -191,9 +191,7 @@ def check_size(prefix: Path, num_tokens: int) -> None:
     Raises:
         DataError: a file is missing, or has another size.
     """
-    for path in (idx_path(prefix), bin_path(prefix)):
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; check the prefix or {_REMEDY}")
+    _require_files(prefix)
     size = bin_path(prefix).stat().st_size
     if size not in {num_tokens * dtype.itemsize for dtype in _CODES.values()}:
         raise DataError(f"{bin_path(prefix)}: {size} bytes are not {num_tokens} tokens; a file was changed: {_REMEDY}")
@@ -205,10 +203,8 @@ def read_tokens(prefix: Path) -> TokensFile:
     Raises:
         DataError: a file is missing, is of another format, or the two do not belong together.
     """
+    _require_files(prefix)
     path = idx_path(prefix)
-    for file in (path, bin_path(prefix)):
-        if not file.is_file():
-            raise DataError(f"{file}: no such file; check the prefix or {_REMEDY}")
     dtype, num_sequences, num_starts = _read_header(path)
     places = np.frombuffer(_map(path), np.uint8)
     ends = np.cumsum([_HEADER.size, 4 * num_sequences, 8 * num_sequences, 8 * num_starts])
@@ -235,6 +231,12 @@ def read_tokens(prefix: Path) -> TokensFile:
         raise DataError(f"{bin_path(prefix)}: holds no tokens; {_REMEDY}")
     mapped = _map(bin_path(prefix))
     return TokensFile(prefix, np.frombuffer(mapped, dtype), pointers_S, documents_D1, mapped)
+
+
+def _require_files(prefix: Path) -> None:
+    for path in (idx_path(prefix), bin_path(prefix)):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; check the prefix or {_REMEDY}")
 
 
 def _map(path: Path) -> mmap.mmap:

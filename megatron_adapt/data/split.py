@@ -5,7 +5,7 @@ Writes: what was learned, in the folder of the unfinished run and in the end as 
 Guarantees: the same input gives the same sentences, on any number of workers and after every restart: what was learned
 is found again only where it was learned from the same texts. Nothing is downloaded.
 
-1. ``choose_splitter`` finds the parameters; ``keep_splitter`` saves learned ones, so that a restart need not learn.
+1. ``choose_splitter`` finds the parameters; ``Splitter.keep`` saves learned ones, so that a restart need not learn.
 2. ``make_cutter`` gives a worker the function that cuts a text.
 
 What is dropped is decided as in Megatron-LM, whose splitter leaves out all white space between sentences, blanks too,
@@ -65,6 +65,11 @@ class Splitter:
         """Return a hash of what decides where sentences end."""
         return hashlib.blake2b(orjson.dumps(self.parameters), digest_size=16).hexdigest()
 
+    def keep(self, folder: Path) -> None:
+        """Save learned parameters in the folder of the unfinished run."""
+        if self.saved_as and not (folder / self.saved_as).exists():
+            write_json(folder / self.saved_as, self.parameters)
+
 
 def choose_splitter(config: PreprocessData, folder: Path) -> Splitter:
     """Return the splitter that ``config.lang`` names; learned ones are looked for in ``folder`` first.
@@ -92,12 +97,6 @@ def choose_splitter(config: PreprocessData, folder: Path) -> Splitter:
 
 def _describe(splitter: SentenceSplitter, config: PreprocessData, saved_as: str = "") -> Splitter:
     return Splitter(parameters=export_parameters(splitter), keep_newlines=config.keep_newlines, saved_as=saved_as)
-
-
-def keep_splitter(splitter: Splitter, folder: Path) -> None:
-    """Save learned parameters in the folder of the unfinished run."""
-    if splitter.saved_as and not (folder / splitter.saved_as).exists():
-        write_json(folder / splitter.saved_as, splitter.parameters)
 
 
 def make_cutter(splitter: Splitter) -> Cutter:

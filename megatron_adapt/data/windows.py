@@ -109,16 +109,15 @@ def locate_windows(
     """Return windows of several sources.
 
     Args:
-        orders: the order of each of K sources.
+        orders: the order of each of K sources, best only of those that occur.
         sources_N: source of each of N windows.
         ordinals_N: how many windows of its source are read before it, in this and all earlier epochs.
     """
-    used_U, use_N = np.unique(sources_N, return_inverse=True)
-    sizes_U = np.array([orders[source].num_windows for source in used_U.tolist()], np.int64)
-    epochs_N, places_N = np.divmod(ordinals_N, sizes_U[use_N])
+    sizes_K = np.array([order.num_windows for order in orders], np.int64)
+    epochs_N, places_N = np.divmod(ordinals_N, sizes_K[sources_N])
     num_epochs = int(epochs_N.max(initial=0)) + 1
-    pairs_G, groups_N = np.unique(use_N * num_epochs + epochs_N, return_inverse=True)
-    drawn = [orders[used_U[pair // num_epochs]].describe(pair % num_epochs) for pair in pairs_G.tolist()]
+    pairs_G, groups_N = np.unique(sources_N * num_epochs + epochs_N, return_inverse=True)
+    drawn = [orders[pair // num_epochs].describe(pair % num_epochs) for pair in pairs_G.tolist()]
     locate = locate_twin if _csrc is None else _csrc.locate_windows
     windows_N, starts_N = locate(places_N, groups_N, np.array(drawn, np.uint64).reshape(-1, _EPOCH_NUMBERS))
     return Windows(epochs_N, windows_N, starts_N)

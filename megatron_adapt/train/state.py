@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy, TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_adapt.checkpoint.dist import CHECKPOINT_VERSION
 from megatron_adapt.checkpoint.root import (
     LATEST_FILE,
     Description,
@@ -65,7 +66,11 @@ def save_state(
         partial.mkdir(parents=True)
     dist.barrier()
     strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1), _data_parallel_group())
-    state = {**_sharded_state(trainer, is_loading=False), "iteration": description.step, "checkpoint_version": 3.0}
+    state = {
+        **_sharded_state(trainer, is_loading=False),
+        "iteration": description.step,
+        "checkpoint_version": CHECKPOINT_VERSION,
+    }
     dist_checkpointing.save(state, str(partial), strategy)
     dist.barrier()
     if dist.get_rank() == 0:

@@ -33,9 +33,9 @@ from megatron_adapt.checkpoint.assemble import Source
 from megatron_adapt.checkpoint.companions import write_companions
 from megatron_adapt.checkpoint.dist import FORMAT_FILE, MAX_FILE_BYTES, DistReader, DistWriter
 from megatron_adapt.checkpoint.estimate import count_dist_bytes, write_estimate
-from megatron_adapt.checkpoint.layout import list_extra_states, list_rules
+from megatron_adapt.checkpoint.layout import list_rules
 from megatron_adapt.checkpoint.opened import OpenedCheckpoint, open_checkpoint
-from megatron_adapt.checkpoint.parts import Part, list_parts, write_model
+from megatron_adapt.checkpoint.parts import Part, cut_parts, write_model
 from megatron_adapt.checkpoint.resume import PartialFolder, continue_folder, fingerprint_plan
 from megatron_adapt.checkpoint.root import (
     DESCRIPTION_FILE,
@@ -230,7 +230,7 @@ def _write_tensors(
             writer,
             matrices={key: spec for key, spec in specs.items() if roles[key] != "copied"},
             write_matrix=write_matrix,
-            parts=[part for key, spec in specs.items() if roles[key] == "copied" for part in list_parts(key, spec)],
+            parts=[part for key, spec in specs.items() if roles[key] == "copied" for part in cut_parts(key, spec)],
             copy_part=copy_part,
             total_bytes=total_bytes,
             progress=progress,
@@ -240,9 +240,7 @@ def _write_tensors(
                 writer.copy_object(key, source)
             writer.write_common(source.read_common())
         else:
-            for key in list_extra_states(num_layers):
-                writer.write_object(key, None)
-            writer.write_common({"iteration": 0, "checkpoint_version": 3.0})
+            writer.write_release_state(num_layers)
 
 
 def _choose_file_bytes(num_bytes: int) -> int:

@@ -118,12 +118,8 @@ def combine_rows(
         n ids and their rows [n, H] in fp32; every id comes exactly once, in order.
     """
     for ids in divide_ids(olds):
-        yield (
-            ids,
-            _combine_chunk(
-                base, [olds[new] for new in ids], None if weights is None else [weights[new] for new in ids]
-            ),
-        )
+        shares = None if weights is None else [weights[new] for new in ids]
+        yield ids, _combine_chunk(base, [olds[new] for new in ids], shares)
 
 
 def _combine_chunk(

@@ -12,6 +12,7 @@ from megatron_adapt.checkpoint.root import find_checkpoint, name_iteration, read
 from megatron_adapt.checkpoint.values import TensorSpec
 from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint
 from megatron_adapt.errors import CheckpointError, ConfigError
+from tests.helpers.tensors import assert_same_tensors, convert_to_hf
 from tests.helpers.tiny import write_byte_tokenizer, write_llama
 
 PAD = 64
@@ -25,24 +26,6 @@ def _to_megatron(source, output, **changes):
     changes.setdefault("settings", _settings())
     convert_checkpoint(ConvertCheckpoint(source=source, to="megatron", output=output, **changes))
     return output
-
-
-def _to_hf(source, output, **changes):
-    convert_checkpoint(ConvertCheckpoint(source=source, to="hf", output=output, **changes))
-    return output
-
-
-def _read_bytes(folder):
-    reader = HFFolder(folder)
-    return {name: (reader.specs[name], reader.read(name).view(torch.uint8)) for name in reader.names}
-
-
-def _assert_same_tensors(left, right):
-    a, b = _read_bytes(left), _read_bytes(right)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name][0] == b[name][0], name
-        assert torch.equal(a[name][1], b[name][1]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -61,8 +44,8 @@ def _assert_same_tensors(left, right):
 def test_there_and_back_gives_the_same_bytes(tmp_path, settings, dtype):
     write_llama(tmp_path / "hf", dtype=dtype, **settings)
     _to_megatron(tmp_path / "hf", tmp_path / "megatron")
-    _to_hf(tmp_path / "megatron", tmp_path / "again")
-    _assert_same_tensors(tmp_path / "hf", tmp_path / "again")
+    convert_to_hf(tmp_path / "megatron", tmp_path / "again")
+    assert_same_tensors(tmp_path / "hf", tmp_path / "again")
     before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "again"))
     assert before == after
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -79,7 +62,7 @@ def test_the_old_spelling_of_rope_and_type_comes_back_as_it_was(tmp_path):
     config |= {"rope_theta": 500000.0, "rope_scaling": scaling, "torch_dtype": "float32"}
     path.write_text(json.dumps(config))
     _to_megatron(tmp_path / "hf", tmp_path / "megatron", verify=True)
-    _to_hf(tmp_path / "megatron", tmp_path / "again", settings=_settings(dtype="bfloat16"))
+    convert_to_hf(tmp_path / "megatron", tmp_path / "again", settings=_settings(dtype="bfloat16"))
     assert json.loads((tmp_path / "again" / "config.json").read_text()) == {**config, "torch_dtype": "bfloat16"}
 
 
@@ -114,7 +97,7 @@ def test_padding_rows_are_the_mean_of_the_others(tmp_path):
 def test_types_are_converted_by_rounding_once(tmp_path):
     write_llama(tmp_path / "hf")
     _to_megatron(tmp_path / "hf", tmp_path / "megatron", settings=_settings(dtype="bfloat16"), verify=True)
-    _to_hf(tmp_path / "megatron", tmp_path / "again", settings=_settings(dtype="float32"), verify=True)
+    convert_to_hf(tmp_path / "megatron", tmp_path / "again", settings=_settings(dtype="float32"), verify=True)
     before, after = HFFolder(tmp_path / "hf"), HFFolder(tmp_path / "again")
     assert all(torch.equal(before.read(name).bfloat16().float(), after.read(name)) for name in before.names)
     assert read_description(tmp_path / "megatron" / "release").dtype == "bfloat16"
@@ -145,11 +128,11 @@ def test_a_training_checkpoint_is_exported_without_its_optimizer(tmp_path):
             writer.write(key, (0,) * len(spec.shape), values)
     write_description(step, read_description(root / "release"))
     (root / "latest_checkpointed_iteration.txt").write_text("10")
-    _to_hf(root, tmp_path / "latest")
-    _to_hf(step, tmp_path / "named")
-    _to_hf(root / "release", tmp_path / "release")
-    _assert_same_tensors(tmp_path / "latest", tmp_path / "named")
-    _assert_same_tensors(tmp_path / "hf", tmp_path / "release")
+    convert_to_hf(root, tmp_path / "latest")
+    convert_to_hf(step, tmp_path / "named")
+    convert_to_hf(root / "release", tmp_path / "release")
+    assert_same_tensors(tmp_path / "latest", tmp_path / "named")
+    assert_same_tensors(tmp_path / "hf", tmp_path / "release")
     before, after = HFFolder(tmp_path / "hf"), HFFolder(tmp_path / "latest")
     assert all(torch.equal(before.read(name) + 1, after.read(name)) for name in before.names)
 
@@ -158,15 +141,15 @@ def test_spare_rows_of_a_published_model_survive(tmp_path):
     write_llama(tmp_path / "hf", vocab_size=310, tokenizer=False)
     write_byte_tokenizer(tmp_path / "hf", 300)
     _to_megatron(tmp_path / "hf", tmp_path / "megatron")
-    _to_hf(tmp_path / "megatron", tmp_path / "again")
-    _assert_same_tensors(tmp_path / "hf", tmp_path / "again")
+    convert_to_hf(tmp_path / "megatron", tmp_path / "again")
+    assert_same_tensors(tmp_path / "hf", tmp_path / "again")
 
 
 def test_a_folder_without_tokenizer_goes_there_and_back(tmp_path):
     write_llama(tmp_path / "hf", tokenizer=False)
     _to_megatron(tmp_path / "hf", tmp_path / "megatron")
-    _to_hf(tmp_path / "megatron", tmp_path / "again")
-    _assert_same_tensors(tmp_path / "hf", tmp_path / "again")
+    convert_to_hf(tmp_path / "megatron", tmp_path / "again")
+    assert_same_tensors(tmp_path / "hf", tmp_path / "again")
 
 
 def test_a_tokenizer_larger_than_the_model_stops_the_import(tmp_path):
@@ -183,7 +166,7 @@ def test_an_export_with_the_wrong_tokenizer_is_refused(tmp_path, size):
     _to_megatron(tmp_path / "hf", tmp_path / "megatron")
     write_byte_tokenizer(tmp_path / "wrong", size)
     with pytest.raises(CheckpointError, match=f"has {size} tokens, the checkpoint's vocabulary has 300"):
-        _to_hf(tmp_path / "megatron", tmp_path / "again", tokenizer=tmp_path / "wrong")
+        convert_to_hf(tmp_path / "megatron", tmp_path / "again", tokenizer=tmp_path / "wrong")
     assert not (tmp_path / "again").exists()
 
 
@@ -193,7 +176,7 @@ def test_a_config_of_another_model_is_refused_on_export(tmp_path):
     path = root / "hf" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 1e-5}))
     with pytest.raises(CheckpointError, match=r"config\.json is that of another model"):
-        _to_hf(root, tmp_path / "again")
+        convert_to_hf(root, tmp_path / "again")
 
 
 def test_the_wrong_direction_is_named(tmp_path):
@@ -202,7 +185,7 @@ def test_the_wrong_direction_is_named(tmp_path):
     with pytest.raises(ConfigError, match="is a Megatron checkpoint already; add --to hf"):
         _to_megatron(root, tmp_path / "x")
     with pytest.raises(ConfigError, match="is a Hugging Face folder already; add --to megatron"):
-        _to_hf(tmp_path / "hf", tmp_path / "x")
+        convert_to_hf(tmp_path / "hf", tmp_path / "x")
 
 
 def test_an_existing_output_is_kept_unless_told_otherwise(tmp_path):
@@ -221,5 +204,5 @@ def test_slices_and_chunks_of_any_size_give_the_same_tensors(tmp_path, monkeypat
     monkeypatch.setattr(slices, "CHUNK_BYTES", 7 * 64)
     root = _to_megatron(tmp_path / "hf", tmp_path / "megatron", verify=True)
     assert len(DistReader(root / "release")._index.places) > 100
-    _to_hf(root, tmp_path / "again", verify=True)
-    _assert_same_tensors(tmp_path / "hf", tmp_path / "again")
+    convert_to_hf(root, tmp_path / "again", verify=True)
+    assert_same_tensors(tmp_path / "hf", tmp_path / "again")

@@ -12,18 +12,17 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.dist import COMMON_FILE
-from megatron_adapt.checkpoint.hf import HFFolder, read_hf_shape
+from megatron_adapt.checkpoint.hf import read_hf_shape
 from megatron_adapt.checkpoint.inspect import describe_megatron
 from megatron_adapt.checkpoint.opened import open_checkpoint
 from megatron_adapt.checkpoint.root import read_description
-from megatron_adapt.config import ConvertCheckpoint
 from megatron_adapt.engine.llama import build_model
 from megatron_adapt.engine.parallel import Layout, start_engine
 from megatron_adapt.errors import CheckpointError, ConfigError
 from tests.helpers.fused import fuse_weights, make_arguments
 from tests.helpers.spawn import run_ranks
+from tests.helpers.tensors import assert_same_tensors, convert_to_hf
 from tests.helpers.tiny import write_byte_tokenizer, write_llama
 
 PADDED = 320
@@ -102,19 +101,6 @@ def _copy(saved: Path, tmp_path: Path, common: object = None) -> Path:
     return tmp_path / "root"
 
 
-def _to_hf(source: Path, output: Path, **changes) -> Path:
-    convert_checkpoint(ConvertCheckpoint(source=source, to="hf", output=output, **changes))
-    return output
-
-
-def _assert_same_tensors(left: Path, right: Path) -> None:
-    a, b = HFFolder(left), HFFolder(right)
-    assert a.specs.keys() == b.specs.keys()
-    for name in a.names:
-        assert a.specs[name] == b.specs[name], name
-        assert torch.equal(a.read(name).view(torch.uint8), b.read(name).view(torch.uint8)), name
-
-
 @pytest.mark.parametrize(
     ("metadata", "renames"),
     [
@@ -129,8 +115,8 @@ def _assert_same_tensors(left: Path, right: Path) -> None:
 def test_what_megatron_core_saved_becomes_the_model_it_came_from(tmp_path, metadata, renames):
     hf = write_llama(tmp_path / "hf_model", dtype=torch.bfloat16, num_key_value_heads=2)
     _save_dist(hf, tmp_path / "root", Layout(), metadata, renames, _common(hf))
-    out = _to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf, verify=True)
-    _assert_same_tensors(hf, out)
+    out = convert_to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf, verify=True)
+    assert_same_tensors(hf, out)
     assert read_hf_shape(out) == read_hf_shape(hf)
     assert (out / "tokenizer.json").read_bytes() == (hf / "tokenizer.json").read_bytes()
 
@@ -141,8 +127,8 @@ def test_two_tensor_parallel_ranks_and_a_tied_head_are_merged(tmp_path):
     roots = {tmp_path / "stacked": {}, tmp_path / "apart": {"singleton_local_shards": True}}
     run_ranks(_save_all, 2, hf, roots, layout, {}, _common(hf, tensor_model_parallel_size=2))
     for root in roots:
-        _assert_same_tensors(hf, _to_hf(root, tmp_path / f"{root.name}_out", tokenizer=hf))
-    _assert_same_tensors(hf, _to_hf(tmp_path / "apart" / "partitions", tmp_path / "out", tokenizer=hf))
+        assert_same_tensors(hf, convert_to_hf(root, tmp_path / f"{root.name}_out", tokenizer=hf))
+    assert_same_tensors(hf, convert_to_hf(tmp_path / "apart" / "partitions", tmp_path / "out", tokenizer=hf))
 
 
 def test_biases_of_queries_keys_and_values_are_kept(tmp_path):
@@ -156,13 +142,13 @@ def test_biases_of_queries_keys_and_values_are_kept(tmp_path):
     model.save_pretrained(tmp_path / "hf_model")
     hf = write_byte_tokenizer(tmp_path / "hf_model", 300)
     _save_dist(hf, tmp_path / "root", Layout(), {}, {}, _common(hf))
-    out = _to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf)
-    _assert_same_tensors(hf, out)
+    out = convert_to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf)
+    assert_same_tensors(hf, out)
     assert read_hf_shape(out) == read_hf_shape(hf)
 
 
 def test_transformers_loads_the_config_that_args_made(saved, tmp_path):
-    out = _to_hf(saved / "root", tmp_path / "out", tokenizer=saved / "hf_model")
+    out = convert_to_hf(saved / "root", tmp_path / "out", tokenizer=saved / "hf_model")
     ids_BT = torch.arange(20)[None]
     logits = [
         transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")(ids_BT).logits
@@ -175,7 +161,7 @@ def test_transformers_loads_the_config_that_args_made(saved, tmp_path):
 
 def test_llama3_scaling_takes_the_numbers_of_megatron_core(saved, tmp_path):
     common = _common(saved / "hf_model", use_rope_scaling=True, rope_scaling_factor=32.0, rotary_base=500000)
-    out = _to_hf(_copy(saved, tmp_path, common), tmp_path / "out", tokenizer=saved / "hf_model")
+    out = convert_to_hf(_copy(saved, tmp_path, common), tmp_path / "out", tokenizer=saved / "hf_model")
     shape = read_hf_shape(out)
     assert shape.rotary_base == 500000.0
     assert vars(shape.rope_scaling) == {
@@ -185,13 +171,13 @@ def test_llama3_scaling_takes_the_numbers_of_megatron_core(saved, tmp_path):
 
 def test_the_true_vocabulary_has_to_be_named(saved, tmp_path):
     with pytest.raises(CheckpointError, match=r"has 320 vocabulary rows, padding included, .* --tokenizer DIR$"):
-        _to_hf(saved / "root", tmp_path / "out")
+        convert_to_hf(saved / "root", tmp_path / "out")
     root = _copy(saved, tmp_path, _common(saved / "hf_model", tokenizer_model="/models/ours"))
     with pytest.raises(CheckpointError, match=r"--tokenizer DIR \(its args say '/models/ours'\)"):
-        _to_hf(root, tmp_path / "out")
+        convert_to_hf(root, tmp_path / "out")
     write_byte_tokenizer(tmp_path / "large", 330)
     with pytest.raises(CheckpointError, match="has 320 vocabulary rows, the tokenizer 330 tokens"):
-        _to_hf(saved / "root", tmp_path / "out", tokenizer=tmp_path / "large")
+        convert_to_hf(saved / "root", tmp_path / "out", tokenizer=tmp_path / "large")
     assert not (tmp_path / "out").exists()
 
 
@@ -223,7 +209,7 @@ def test_a_tokenizer_that_would_be_padded_otherwise_is_warned_of(saved, tmp_path
 def test_what_the_engine_computes_otherwise_is_refused_by_name_and_value(saved, tmp_path, changes, message):
     root = _copy(saved, tmp_path, _common(saved / "hf_model", **changes))
     with pytest.raises(ConfigError, match=message):
-        _to_hf(root, tmp_path / "out", tokenizer=saved / "hf_model")
+        convert_to_hf(root, tmp_path / "out", tokenizer=saved / "hf_model")
     assert "not supported" in describe_megatron(root)["model"]["unknown"]
 
 
@@ -240,23 +226,23 @@ def test_what_the_engine_computes_otherwise_is_refused_by_name_and_value(saved, 
 def test_args_that_do_not_fit_the_tensors_are_refused(saved, tmp_path, changes, message):
     root = _copy(saved, tmp_path, _common(saved / "hf_model", **changes))
     with pytest.raises(CheckpointError, match=message):
-        _to_hf(root, tmp_path / "out", tokenizer=saved / "hf_model")
+        convert_to_hf(root, tmp_path / "out", tokenizer=saved / "hf_model")
 
 
 def test_an_older_order_of_rows_is_refused(saved, tmp_path):
     root = _copy(saved, tmp_path, {**_common(saved / "hf_model"), "checkpoint_version": 1.0})
     with pytest.raises(CheckpointError, match=r"checkpoint_version 1\.0 orders its tensors in another way"):
-        _to_hf(root, tmp_path / "out", tokenizer=saved / "hf_model")
+        convert_to_hf(root, tmp_path / "out", tokenizer=saved / "hf_model")
 
 
 def test_without_args_the_config_beside_the_checkpoint_tells_the_model(saved, tmp_path):
     root = _copy(saved, tmp_path, {"iteration": 7})
     with pytest.raises(CheckpointError, match=r"neither adapt\.json nor args .* put its config\.json into .*hf"):
-        _to_hf(root, tmp_path / "out", tokenizer=saved / "hf_model")
+        convert_to_hf(root, tmp_path / "out", tokenizer=saved / "hf_model")
     (root / "hf").mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         os.link(saved / "hf_model" / name, root / "hf" / name)
-    _assert_same_tensors(saved / "hf_model", _to_hf(root, tmp_path / "out"))
+    assert_same_tensors(saved / "hf_model", convert_to_hf(root, tmp_path / "out"))
 
 
 def test_a_config_beside_it_that_contradicts_the_args_is_refused(saved, tmp_path):
@@ -264,7 +250,7 @@ def test_a_config_beside_it_that_contradicts_the_args_is_refused(saved, tmp_path
     (root / "hf").mkdir()
     os.link(saved / "hf_model" / "config.json", root / "hf" / "config.json")
     with pytest.raises(CheckpointError, match=r"config\.json is that of another model"):
-        _to_hf(root, tmp_path / "out", tokenizer=saved / "hf_model")
+        convert_to_hf(root, tmp_path / "out", tokenizer=saved / "hf_model")
 
 
 def test_a_tensor_that_no_llama_has_is_never_left_out(tmp_path):
@@ -272,11 +258,11 @@ def test_a_tensor_that_no_llama_has_is_never_left_out(tmp_path):
     renames = {"decoder.final_layernorm.weight": "decoder.final_norm.weight"}
     _save_dist(hf, tmp_path / "root", Layout(), {}, renames, _common(hf))
     with pytest.raises(CheckpointError, match=r"no tensor decoder\.final_layernorm\.weight"):
-        _to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf)
+        convert_to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf)
     common = _common(hf, untie_embeddings_and_output_weights=False, num_layers=1)
     _save_dist(hf, tmp_path / "layers", Layout(), {"non_homogeneous_layers": True}, {}, common)
     with pytest.raises(CheckpointError, match=r"7 tensors that a Llama of 1 layers lacks, first decoder\.layers\.1"):
-        _to_hf(tmp_path / "layers", tmp_path / "out", tokenizer=hf)
+        convert_to_hf(tmp_path / "layers", tmp_path / "out", tokenizer=hf)
 
 
 def test_names_of_other_programs_are_refused_with_an_example(tmp_path):
@@ -284,7 +270,7 @@ def test_names_of_other_programs_are_refused_with_an_example(tmp_path):
     renames = {"embedding.word_embeddings": "module.embedding.word_embeddings"}
     _save_dist(hf, tmp_path / "root", Layout(), {}, renames, {"iteration": 7})
     with pytest.raises(CheckpointError, match=r"no tensor embedding\.word.*, only module\.embedding\.word_embeddings"):
-        _to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf)
+        convert_to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf)
 
 
 class _Evil:
@@ -298,8 +284,8 @@ class _Evil:
 def test_code_in_common_pt_does_not_run(saved, tmp_path):
     common = {**_common(saved / "hf_model"), "extra": _Evil(tmp_path / "ran")}
     common["args"].evil = _Evil(tmp_path / "ran_too")
-    out = _to_hf(_copy(saved, tmp_path, common), tmp_path / "out", tokenizer=saved / "hf_model")
-    _assert_same_tensors(saved / "hf_model", out)
+    out = convert_to_hf(_copy(saved, tmp_path, common), tmp_path / "out", tokenizer=saved / "hf_model")
+    assert_same_tensors(saved / "hf_model", out)
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "ran_too").exists()
 

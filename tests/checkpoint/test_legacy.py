@@ -11,7 +11,7 @@ import transformers
 
 from megatron_adapt.checkpoint import saved
 from megatron_adapt.checkpoint.convert import convert_checkpoint
-from megatron_adapt.checkpoint.hf import HFFolder, read_hf_shape
+from megatron_adapt.checkpoint.hf import read_hf_shape
 from megatron_adapt.checkpoint.inspect import describe_megatron
 from megatron_adapt.checkpoint.opened import open_checkpoint
 from megatron_adapt.checkpoint.root import find_checkpoint, is_megatron_checkpoint
@@ -19,6 +19,7 @@ from megatron_adapt.checkpoint.values import read_values
 from megatron_adapt.config import ConvertCheckpoint
 from megatron_adapt.errors import CheckpointError, ConfigError
 from tests.helpers.fused import fuse_weights, make_arguments, name_fused
+from tests.helpers.tensors import assert_same_tensors, convert_to_hf
 from tests.helpers.tiny import write_llama
 
 PADDED, LAYERS = 320, 4
@@ -90,19 +91,6 @@ def _write_model(folder: Path, **settings) -> Path:
     return write_llama(folder, num_hidden_layers=LAYERS, **settings)
 
 
-def _to_hf(source: Path, output: Path, **changes) -> Path:
-    convert_checkpoint(ConvertCheckpoint(source=source, to="hf", output=output, **changes))
-    return output
-
-
-def _assert_same_tensors(left: Path, right: Path) -> None:
-    a, b = HFFolder(left), HFFolder(right)
-    assert a.specs.keys() == b.specs.keys()
-    for name in a.names:
-        assert a.specs[name] == b.specs[name], name
-        assert torch.equal(a.read(name).view(torch.uint8), b.read(name).view(torch.uint8)), name
-
-
 def _change(folder: Path, name: str, change) -> None:
     path = folder / name / "model_optim_rng.pt"
     content = torch.load(path, weights_only=False)
@@ -118,15 +106,15 @@ def _change(folder: Path, name: str, change) -> None:
 def test_partitions_become_the_model_they_were_cut_from(tmp_path, tp, pp, vpp, settings):
     hf = _write_model(tmp_path / "hf_model", dtype=torch.bfloat16, **settings)
     _write_partitions(hf, tmp_path / "root", tp, pp, vpp)
-    out = _to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf, verify=True)
-    _assert_same_tensors(hf, out)
+    out = convert_to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf, verify=True)
+    assert_same_tensors(hf, out)
     assert read_hf_shape(out) == read_hf_shape(hf)
 
 
 def test_local_names_of_the_norms_are_known_too(tmp_path):
     hf = _write_model(tmp_path / "hf_model")
     folder = _write_partitions(hf, tmp_path / "root", 2, 1, fused_names=False)
-    _assert_same_tensors(hf, _to_hf(folder, tmp_path / "out", tokenizer=hf))
+    assert_same_tensors(hf, convert_to_hf(folder, tmp_path / "out", tokenizer=hf))
 
 
 @pytest.mark.parametrize(("vpp", "counts"), [(1, [1, 3]), (2, [1, 2, 1, 0])], ids=["uneven", "interleaved"])
@@ -135,7 +123,7 @@ def test_uneven_stages_are_numbered_by_the_layers_they_hold(tmp_path, vpp, count
     folder = _write_partitions(hf, tmp_path / "root", 1, 2, vpp, counts=counts)
     for stage in range(2):  # the extra state of a layer that the last chunk does not have
         _change(folder, f"mp_rank_00_{stage:03d}", _drop_extra_states)
-    _assert_same_tensors(hf, _to_hf(folder, tmp_path / "out", tokenizer=hf))
+    assert_same_tensors(hf, convert_to_hf(folder, tmp_path / "out", tokenizer=hf))
 
 
 def _drop_extra_states(content: dict) -> None:
@@ -150,29 +138,29 @@ def test_the_last_stage_of_a_tied_model_holds_the_embedding_again(tmp_path):
         first = torch.load(folder / f"mp_rank_0{rank}_000" / "model_optim_rng.pt", weights_only=False)
         head = first["model"]["embedding.word_embeddings.weight"]
         _set(f"mp_rank_0{rank}_001", "output_layer.weight", head)(folder)
-    _assert_same_tensors(hf, _to_hf(folder, tmp_path / "out", tokenizer=hf))
+    assert_same_tensors(hf, convert_to_hf(folder, tmp_path / "out", tokenizer=hf))
     _set("mp_rank_01_001", "output_layer.weight", head + 1)(folder)
     with pytest.raises(
         CheckpointError, match=r"output_layer\.weight is not embedding\.word_embeddings\.weight of .*_000"
     ):
-        _to_hf(folder, tmp_path / "other", tokenizer=hf)
+        convert_to_hf(folder, tmp_path / "other", tokenizer=hf)
 
 
 def test_a_head_of_its_own_is_not_lost_where_the_args_say_it_is_tied(tmp_path):
     hf = _write_model(tmp_path / "hf_model")
     _write_partitions(hf, tmp_path / "root", 1, 1, untie_embeddings_and_output_weights=False)
     with pytest.raises(CheckpointError, match=r"1 tensors that a Llama of 4 layers lacks, first output_layer\.weight"):
-        _to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf)
+        convert_to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf)
 
 
 def test_norms_that_drifted_apart_are_those_of_the_first_rank_and_are_reported(tmp_path, caplog):
     hf = _write_model(tmp_path / "hf_model")
     folder = _write_partitions(hf, tmp_path / "root", 2, 1)
     with caplog.at_level(logging.WARNING):
-        _assert_same_tensors(hf, _to_hf(folder, tmp_path / "same", tokenizer=hf))
+        assert_same_tensors(hf, convert_to_hf(folder, tmp_path / "same", tokenizer=hf))
         assert "differ" not in caplog.text
         _apply("mp_rank_01", lambda content: content["model"]["decoder.final_layernorm.weight"].add_(0.25))(folder)
-        _assert_same_tensors(hf, _to_hf(folder, tmp_path / "out", tokenizer=hf))
+        assert_same_tensors(hf, convert_to_hf(folder, tmp_path / "out", tokenizer=hf))
     assert "1 norms differ from those of the first tensor-parallel rank, by up to 0.25" in caplog.text
 
 
@@ -188,7 +176,7 @@ def test_weights_that_are_views_of_one_buffer_are_read_at_their_place(tmp_path):
 
     for rank in range(2):
         _change(folder, f"mp_rank_{rank:02d}", flatten)
-    _assert_same_tensors(hf, _to_hf(folder, tmp_path / "out", tokenizer=hf))
+    assert_same_tensors(hf, convert_to_hf(folder, tmp_path / "out", tokenizer=hf))
 
 
 def test_without_args_the_config_beside_the_partitions_tells_the_model(tmp_path):
@@ -197,9 +185,9 @@ def test_without_args_the_config_beside_the_partitions_tells_the_model(tmp_path)
     for partition in folder.iterdir():
         _change(folder, partition.name, lambda content: content.pop("args"))
     with pytest.raises(CheckpointError, match=r"neither adapt\.json nor args of Megatron-LM tell"):
-        _to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf)
+        convert_to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf)
     shutil.copytree(hf, tmp_path / "root" / "hf")
-    _assert_same_tensors(hf, _to_hf(tmp_path / "root", tmp_path / "out"))
+    assert_same_tensors(hf, convert_to_hf(tmp_path / "root", tmp_path / "out"))
 
 
 def _drop(name: str, tensor: str):
@@ -277,7 +265,7 @@ def test_partitions_that_do_not_fit_together_are_refused(tmp_path, damage, messa
     folder = _write_partitions(hf, tmp_path / "root", 2, 2)
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
-        _to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf)
+        convert_to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf)
     assert not (tmp_path / "out").exists()
 
 
@@ -285,14 +273,14 @@ def test_the_virtual_size_of_the_args_has_to_fit(tmp_path):
     hf = _write_model(tmp_path / "hf_model")
     _write_partitions(hf, tmp_path / "root", 1, 2, virtual_pipeline_model_parallel_size=2)
     with pytest.raises(CheckpointError, match=r"args\.virtual_pipeline_model_parallel_size is 2, .* are 1"):
-        _to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf)
+        convert_to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf)
 
 
 def test_experts_in_the_args_are_refused_by_name_and_value(tmp_path):
     hf = _write_model(tmp_path / "hf_model")
     _write_partitions(hf, tmp_path / "root", 1, 1, num_experts=8)
     with pytest.raises(ConfigError, match=r"args\.num_experts 8 is not supported"):
-        _to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf)
+        convert_to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf)
 
 
 class _Evil:
@@ -308,7 +296,7 @@ def test_code_in_a_partition_does_not_run(tmp_path):
     folder = _write_partitions(hf, tmp_path / "root", 1, 1, evil=_Evil(tmp_path / "ran"))
     path = folder / "mp_rank_00" / "model_optim_rng.pt"
     assert b"mkdir" in path.read_bytes()
-    _assert_same_tensors(hf, _to_hf(folder, tmp_path / "out", tokenizer=hf))
+    assert_same_tensors(hf, convert_to_hf(folder, tmp_path / "out", tokenizer=hf))
     assert not (tmp_path / "ran").exists()
 
 
@@ -342,11 +330,11 @@ def test_a_dry_run_checks_and_writes_nothing(tmp_path):
     hf = _write_model(tmp_path / "hf_model")
     folder = _write_partitions(hf, tmp_path / "root", 2, 2)
     before = sorted(tmp_path.iterdir())
-    _to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf, dry_run=True)
+    convert_to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf, dry_run=True)
     assert sorted(tmp_path.iterdir()) == before
     _drop(_LAST, _QKV)(folder)
     with pytest.raises(CheckpointError, match="the partition is incomplete"):
-        _to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf, dry_run=True)
+        convert_to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf, dry_run=True)
 
 
 def test_inspect_tells_how_the_model_was_cut(tmp_path):

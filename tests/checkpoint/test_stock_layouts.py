@@ -6,18 +6,18 @@ import math
 import pytest
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.dist import DistReader
 from megatron_adapt.checkpoint.root import read_description
+from megatron_adapt.checkpoint.weights import weights_state_dict
 from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint
 from megatron_adapt.engine.llama import _make_config
 from megatron_adapt.engine.parallel import Layout, start_engine
 from tests.helpers.spawn import run_ranks
+from tests.helpers.tensors import compare_shards
 from tests.helpers.tiny import write_llama
 
 
@@ -49,7 +49,7 @@ def build_chunks(description, layout, num_chunks):
 def load_and_compare(release, tensor_size, pipeline_size, num_chunks):
     """Load strictly, compare every shard with its box of the checkpoint; return the boxes and their sizes."""
     layout = Layout(tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size)
-    description, reader, boxes = read_description(release), DistReader(release), {}
+    description = read_description(release)
     with start_engine(layout, seed=0):
         models = build_chunks(description, layout, num_chunks)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -65,14 +65,7 @@ def load_and_compare(release, tensor_size, pipeline_size, num_chunks):
         loaded = dist_checkpointing.load(describe(), str(release), strict="raise_unexpected")
         for name, model in zip(names, models, strict=True):
             model.load_state_dict(loaded[name], strict=True)
-        state = describe()
-        apply_factories(state)
-        for shard in nested_values(state):
-            if isinstance(shard, ShardedTensor):
-                sizes = (1,) * shard.prepend_axis_num + shard.local_shape
-                assert torch.equal(shard.data, reader.read(shard.key, shard.global_offset, sizes).view_as(shard.data))
-                boxes[shard.key, shard.global_offset] = shard.data.numel()
-    return boxes
+        return compare_shards(weights_state_dict(models), DistReader(release))
 
 
 @pytest.mark.parametrize(

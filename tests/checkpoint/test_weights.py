@@ -5,8 +5,6 @@ import pytest
 import torch
 import transformers
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from megatron_adapt.checkpoint import slices
@@ -20,6 +18,7 @@ from megatron_adapt.engine.llama import build_model
 from megatron_adapt.engine.parallel import Layout, start_engine
 from megatron_adapt.errors import CheckpointError
 from tests.helpers.spawn import run_ranks
+from tests.helpers.tensors import compare_shards
 from tests.helpers.tiny import write_llama
 
 
@@ -44,20 +43,12 @@ def _build(release: Path, layout: Layout, padded_vocab_size: int | None = None):
 def _load_and_compare(release: Path, tensor_size: int, pipeline_size: int) -> dict[tuple, int]:
     """Load on this layout and compare every shard with its box of the checkpoint; return the boxes and their sizes."""
     layout = Layout(tensor_model_parallel_size=tensor_size, pipeline_model_parallel_size=pipeline_size)
-    reader = DistReader(release)
-    boxes = {}
     with start_engine(layout, seed=0):
         model = _build(release, layout)
         for parameter in model.parameters():
             torch.nn.init.constant_(parameter, 7.0)
         load_weights([model], release)
-        state = weights_state_dict([model])
-        apply_factories(state)
-        for shard in nested_values(state):
-            expected = reader.read(shard.key, shard.global_offset, (1,) * shard.prepend_axis_num + shard.local_shape)
-            assert torch.equal(shard.data, expected.view(shard.local_shape)), shard
-            boxes[shard.key, shard.global_offset] = shard.data.numel()
-    return boxes
+        return compare_shards(weights_state_dict([model]), DistReader(release))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from megatron_adapt.checkpoint.companions import write_companions
 from megatron_adapt.checkpoint.dist import DistWriter
 from megatron_adapt.checkpoint.hf import HFWriter, read_config, read_hf_shape
-from megatron_adapt.checkpoint.layout import list_parts, list_rules, shape_hf, shape_megatron
+from megatron_adapt.checkpoint.layout import list_hf_tensors, list_rules, shape_megatron
 from megatron_adapt.checkpoint.root import HF_FOLDER, Description, name_iteration, write_description, write_latest
 from megatron_adapt.checkpoint.values import TensorSpec, list_boxes
 from megatron_adapt.files import write_json
@@ -39,12 +39,7 @@ LLAMA_70B: dict[str, Any] = {
 def write_sparse_llama(folder: Path, config: dict[str, Any]) -> LlamaShape:
     """Write a folder of bf16 weights that are all zero, without a tokenizer; return the shape."""
     shape = read_shape(config, "config")
-    specs = {
-        name: TensorSpec(size, torch.bfloat16)
-        for rule in list_rules(shape)
-        for layer in list_parts(rule, shape)
-        for name, size in zip(rule.name_hf(layer), shape_hf(rule, shape), strict=True)
-    }
+    specs = {name: TensorSpec(size, torch.bfloat16) for _, name, size in list_hf_tensors(shape)}
     folder.mkdir(parents=True)
     write_json(folder / "config.json", config)
     with HFWriter(folder, specs) as writer:

@@ -7,12 +7,12 @@ import transformers
 
 from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.dist import COMMON_FILE, DistReader
-from megatron_adapt.checkpoint.hf import HFFolder
 from megatron_adapt.checkpoint.root import find_checkpoint, read_description
 from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint, ResizeVocab
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.vocab.resize import resize_vocab
 from tests.helpers.fused import fuse_weights, make_arguments
+from tests.helpers.tensors import assert_same_tensors, convert_to_hf
 from tests.helpers.tiny import write_byte_tokenizer, write_extended_tokenizer, write_llama
 
 NEW = [("aa", "ab"), ("t", "h"), ("th", "e"), ("Ġ", "the")]
@@ -49,12 +49,9 @@ def test_the_weights_of_another_program_become_a_checkpoint_of_the_new_tokenizer
     description = read_description(folder)
     assert (folder.name, description.step, description.true_vocab_size) == ("release", 0, 304)
     assert DistReader(folder).read_common() == {"iteration": 0, "checkpoint_version": 3.0}
-    convert_checkpoint(ConvertCheckpoint(source=tmp_path / "out", to="hf", output=tmp_path / "back"))
+    convert_to_hf(tmp_path / "out", tmp_path / "back")
     resize_vocab(ResizeVocab(model=hf, tokenizer=tokenizer, output=tmp_path / "hf_out"))
-    left, right = HFFolder(tmp_path / "back"), HFFolder(tmp_path / "hf_out")
-    assert set(left.names) == set(right.names)
-    for name in left.names:
-        assert torch.equal(left.read(name), right.read(name)), name
+    assert_same_tensors(tmp_path / "back", tmp_path / "hf_out")
     hf_config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (hf_config["bos_token_id"], hf_config["eos_token_id"], hf_config["vocab_size"]) == (0, 1, 304)
 
