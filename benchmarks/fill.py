@@ -3,7 +3,9 @@
 1. ``make_data``: old rows in bf16, pieces of new tokens, anchors of a donor of the same width, from a fixed seed.
 2. ``check``: the subtoken mean equals the peer's rows, the map the matrix that the anchors were made with.
 3. ``run_in_turns``: the peer gathers and averages in fp32, or multiplies as often in fp64 as moments or a fit need
-   (rows already in fp64, in memory); ours does all of the method: types, checks, candidates, the solution.
+   (rows already in fp64, in memory), or in fp32 as ``clp`` does, or does what Batch-OMP cannot do without: products of
+   atoms with atoms and new rows, weighted sums of Gram rows. Ours does all of the method: types, checks, candidates,
+   the solution. For ``similarity_topk`` and ``focus``, whose vectors are given, the peer computes all cosines.
 4. ``measure_peak``: memory of ours, in a process of its own.
 
 ``python benchmarks/fill.py [--quick] [--size COLUMNS]``
@@ -23,15 +25,21 @@ from megatron_adapt.config import VocabSettings
 from megatron_adapt.errors import EngineError
 from megatron_adapt.flags import run_tool
 from megatron_adapt.tokenizer.id_map import IdMap
+from megatron_adapt.vocab.clp import average_by_cosine
 from megatron_adapt.vocab.fill import plan_fill
 from megatron_adapt.vocab.linear import LinearMap, fit_map
+from megatron_adapt.vocab.neighbours import find_nearest, normalize_rows, weigh_by_softmax, weigh_by_sparsemax
+from megatron_adapt.vocab.omp import Dictionary, combine_atoms
 from megatron_adapt.vocab.rows import CHUNK_ROWS, FillSources
 
 COLUMNS, QUICK_COLUMNS = 4096, 512
 NUM_OLD, NUM_NEW, NUM_ANCHORS = 128_000, 32_000, 16_000
 QUICK_SHARE = 8
+NUM_ATOMS = 64
+VECTOR_COLUMNS, NUM_NEIGHBORS, TEMPERATURE = 300, 10, 0.1
+PEER_BLOCK = 2048, 16384
 ROUNDS, QUICK_ROUNDS = 3, 3
-CASES = ("subtoken_mean", "normal", "ols", "ridge", "procrustes", "auto")
+CASES = ("subtoken_mean", "normal", "ols", "ridge", "procrustes", "auto", "clp", "omp", "similarity_topk", "focus")
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,20 @@ def fit(data: Data, estimator: Any) -> LinearMap:
     return found
 
 
+def approach(data: Data, method: str) -> list[torch.Tensor]:
+    """Compute as many rows as there are new tokens from the anchors by ``clp`` or ``omp``; chunks are kept as bf16."""
+
+    def read(numbers: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return data.anchors_NH[numbers], data.images_NH[numbers]
+
+    targets = data.rows_VH[: len(data.pieces)]
+    if method == "clp":
+        num_anchors = len(data.anchors_NH)
+        return [average_by_cosine(part, read, num_anchors).bfloat16() for part in targets.split(4 * CHUNK_ROWS)]
+    dictionary, rows = Dictionary(data.anchors_NH.float()), data.images_NH.float()
+    return [combine_atoms(rows, *dictionary.pursue(part, NUM_ATOMS)).bfloat16() for part in targets.split(CHUNK_ROWS)]
+
+
 def average(data: Data) -> list[torch.Tensor]:
     """Gather and average in plain torch, chunk by chunk."""
     olds, chunks = list(data.pieces.values()), []
@@ -134,6 +156,49 @@ def multiply(data: Data, num_rows: int, num_squares: int) -> Callable[[], None]:
     return run
 
 
+def multiply_anchors(data: Data) -> None:
+    """Do the two products of ``clp``: new rows with anchors, weights with their rows in the base."""
+    atoms = data.anchors_NH.float()
+    for part in data.rows_VH[: len(data.pieces)].split(CHUNK_ROWS):
+        (part.float() @ atoms.T) @ data.images_NH
+
+
+def sum_products(data: Data) -> None:
+    """Do what Batch-OMP cannot do without: all products once, and each step the sums of the chosen Gram rows."""
+    atoms = data.anchors_NH.float()
+    gram = atoms @ atoms.T
+    draw = torch.Generator().manual_seed(0)
+    for part in data.rows_VH[: len(data.pieces)].split(CHUNK_ROWS):
+        part.float() @ atoms.T
+        index = torch.randint(len(atoms), (len(part), NUM_ATOMS), generator=draw)
+        weights = torch.randn(len(part), NUM_ATOMS, generator=draw)
+        for step in range(1, NUM_ATOMS):
+            combine_atoms(gram, index[:, :step].contiguous(), weights[:, :step].contiguous())
+        combine_atoms(data.images_NH, index, weights)
+
+
+def make_vectors(data: Data) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make vectors of length 1 for new and old tokens, of 300 columns at most."""
+    olds = normalize_rows(data.rows_VH[:, :VECTOR_COLUMNS].float())[1]
+    return normalize_rows(torch.randn(len(data.pieces), olds.shape[1]))[1], olds
+
+
+def multiply_vectors(news: torch.Tensor, olds: torch.Tensor) -> None:
+    """Compute all cosines and keep none, in blocks of a size at which the product is fastest."""
+    block = torch.empty(PEER_BLOCK)
+    for queries in news.split(PEER_BLOCK[0]):
+        for anchors in olds.split(PEER_BLOCK[1]):
+            torch.mm(queries, anchors.T, out=block[: len(queries), : len(anchors)])
+
+
+def weigh(case: str, news: torch.Tensor, olds: torch.Tensor) -> object:
+    """Weigh old tokens for new ones as ``similarity_topk`` or ``focus`` does."""
+    if case == "focus":
+        return weigh_by_sparsemax(news, olds)
+    cosines, numbers = find_nearest(news, olds, NUM_NEIGHBORS)
+    return weigh_by_softmax(cosines, TEMPERATURE), numbers
+
+
 def check(data: Data) -> None:
     """Compare results before times.
 
@@ -153,6 +218,11 @@ def make_calls(case: str, data: Data) -> tuple[Callable[[], object], Callable[[]
         return partial(average, data), partial(fill, data, case)
     if case == "normal":
         return multiply(data, data.num_rows, 1), partial(fill, data, case)
+    if case in ("similarity_topk", "focus"):
+        vectors = make_vectors(data)
+        return partial(multiply_vectors, *vectors), partial(weigh, case, *vectors)
+    if case in ("clp", "omp"):
+        return partial(multiply_anchors if case == "clp" else sum_products, data), partial(approach, data, case)
     return multiply(data, len(data.anchors_NH), 2), partial(fit, data, case)
 
 
@@ -162,12 +232,12 @@ def measure_peak(case: str, columns: int, share: int) -> float:
     return measure(ours).extra_mib
 
 
-def run(columns: int, share: int, num_rounds: int) -> None:
-    """Measure all cases and print them."""
+def run(columns: int, share: int, num_rounds: int, cases: Sequence[str]) -> None:
+    """Measure cases and print them."""
     data = make_data(columns, share)
     check(data)
     figures = []
-    for case in CASES:
+    for case in cases:
         peer, ours = make_calls(case, data)
         seconds = run_in_turns({"peer": make_timed(peer), "ours": make_timed(ours)}, num_rounds)
         best = {name: min(values) for name, values in seconds.items()}
@@ -187,6 +257,7 @@ def run(columns: int, share: int, num_rounds: int) -> None:
 
 if __name__ == "__main__":
     parser = make_parser(__doc__, default_rounds=ROUNDS, size=COLUMNS, unit="columns of the matrices")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="methods to measure")
     arguments = parser.parse_args()
     quick = arguments.quick
     run_tool(
@@ -194,4 +265,5 @@ if __name__ == "__main__":
         int(arguments.size or (QUICK_COLUMNS if quick else COLUMNS)),
         QUICK_SHARE if quick else 1,
         arguments.rounds or (QUICK_ROUNDS if quick else ROUNDS),
+        arguments.cases,
     )

@@ -4,24 +4,22 @@ Reads: a recipe. Writes: the run folder (``run_folder``), ``recipe.json`` (the r
 and ``report.md``. A stage whose record says that the same settings made it from the same inputs is skipped, so a
 run that was killed continues, and a changed setting repeats what depends on it.
 
-1. ``plan_base``: where the recipe asks for it, a base model from scratch, trained on the old languages.
-2. ``plan_adaptation``: tokenizer, new rows, token files, training stages, exports.
-3. ``run_commands``: each as its own process; training under torchrun.
+1. ``plan_base``: where the recipe asks for it, a base model from scratch, trained on the old languages. A recipe
+   without new languages makes that alone.
+2. ``plan_vocabulary``: tokenizer and token files; ``plan_training``: new rows, training stages, exports.
+3. ``run_commands`` (``commands``): each as its own process; training under torchrun.
 4. ``write_results``: of the scores of base, resized model and every stage, the table and the model card.
 """
 
 import logging
-import os
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_adapt.checkpoint.card import RunFacts, write_card
 from megatron_adapt.checkpoint.hf import read_hf_shape
+from megatron_adapt.commands import Command, run_commands
 from megatron_adapt.config import (
     BaseSettings,
     BuildTokenizer,
@@ -38,38 +36,14 @@ from megatron_adapt.config import (
 from megatron_adapt.config.names import get_language
 from megatron_adapt.data.index import bin_path, idx_path
 from megatron_adapt.data.record import record_path
-from megatron_adapt.data.stage_plans import check_trained
 from megatron_adapt.errors import ConfigError
 from megatron_adapt.evaluate.report import render_report, show_table, write_report
-from megatron_adapt.files import STAGE_FILE, is_finished, read_json, require_file, write_json
-from megatron_adapt.flags import to_flags
-from megatron_adapt.recipe import Recipe
-from megatron_adapt.run_folder import RunFolder, describe_training, is_trained
-from megatron_adapt.shape import LlamaShape, check_launch, check_layout, pad_vocab_size
+from megatron_adapt.files import STAGE_FILE, read_json, require_file, write_json
+from megatron_adapt.recipe import Recipe, make_base_shape
+from megatron_adapt.run_folder import RunFolder, describe_training
+from megatron_adapt.shape import check_launch, check_layout, pad_vocab_size
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Command:
-    """One tool call."""
-
-    tool: str
-    "Name of the file in tools/."
-    config: Any
-    "Config of the tool; for training the stage's settings."
-    record: Path
-    "stage.json that the tool writes when it is finished."
-    stage: str = ""
-    "Name of the training stage."
-    outputs: tuple[Path, ...] = ()
-    "Files beside the record that the tool writes; a folder stands and falls with its record."
-
-    def is_finished(self) -> bool:
-        """Tell whether the output is there, made by this config from the inputs as they are now."""
-        if self.stage:
-            return is_trained(self.record.parent, self.config)
-        return all(item.is_file() for item in self.outputs) and is_finished(self.record, config=self.config)
 
 
 def adapt(recipe: Recipe, tools: Path) -> None:
@@ -87,10 +61,19 @@ def adapt(recipe: Recipe, tools: Path) -> None:
     check_recipe(recipe)
     run = RunFolder(recipe.work_dir)
     write_json(run.root / "recipe.json", recipe)
-    base_model = recipe.base_model or run.base.export(_get_base(recipe)[1].name)
-    commands = [*plan_corpus(recipe, run), *plan_base(recipe, run), *plan_adaptation(recipe, run, base_model)]
-    run_commands([*commands, *plan_results(recipe, run, base_model)], recipe, tools)
+    if not recipe.new_languages:
+        run_commands([*plan_corpus(recipe, run), *plan_base(recipe, run)], recipe, tools)
+        return
+    base_model = find_base_model(recipe, run)
+    prepared = [*plan_corpus(recipe, run), *plan_base(recipe, run), *plan_vocabulary(recipe, run, base_model)]
+    trained = [*plan_training(recipe, run, base_model), *plan_results(recipe, run, base_model)]
+    run_commands([*prepared, *trained], recipe, tools)
     write_results(recipe, run, base_model)
+
+
+def find_base_model(recipe: Recipe, run: RunFolder) -> Path:
+    """Return the base model's Hugging Face folder, also where ``plan_base`` has yet to make it."""
+    return recipe.base_model or run.base.export(_get_base(recipe)[1].name)
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -100,8 +83,10 @@ def check_recipe(recipe: Recipe) -> None:
         ConfigError: no training stage, no file for a source, or a layout that does not fit the model.
         DataError: a file of the corpus is missing.
     """
-    if not recipe.train.stages:
+    if recipe.new_languages and not recipe.train.stages:
         raise ConfigError("train.stages: empty; add a [[train.stages]] table to the recipe")
+    if not recipe.new_languages and (recipe.train.stages or recipe.base_train is None):
+        raise ConfigError("new_languages: empty, so only a base can be made; give [base], [base_train] and no stages")
     for source, files in recipe.corpus.items():
         if not files:
             raise ConfigError(f"corpus.{source}: names no file; add --corpus.{source} FILE")
@@ -111,7 +96,7 @@ def check_recipe(recipe: Recipe) -> None:
     if tables.count(None) != (0 if recipe.base_model is None else 2):
         raise ConfigError("base_model: give either base_model or both tables [base] and [base_train]")
     train = recipe.train
-    shape = _shape_of_base(_get_base(recipe)[0]) if recipe.base_model is None else read_hf_shape(recipe.base_model)
+    shape = make_base_shape(_get_base(recipe)[0]) if recipe.base_model is None else read_hf_shape(recipe.base_model)
     if recipe.evaluate.seq_length > shape.max_position_embeddings:
         raise ConfigError(
             f"evaluate.seq_length: {recipe.evaluate.seq_length} exceeds the model's {shape.max_position_embeddings} "
@@ -131,23 +116,6 @@ def check_recipe(recipe: Recipe) -> None:
         pipeline_model_parallel_size=train.pipeline_model_parallel_size,
         micro_batch_size=train.micro_batch_size,
         global_batch_size=train.global_batch_size,
-    )
-
-
-def _shape_of_base(base: BaseSettings) -> LlamaShape:
-    return LlamaShape(
-        num_layers=base.num_layers,
-        hidden_size=base.hidden_size,
-        ffn_hidden_size=base.ffn_hidden_size,
-        num_attention_heads=base.num_attention_heads,
-        num_query_groups=base.num_query_groups,
-        kv_channels=base.hidden_size // base.num_attention_heads,
-        vocab_size=base.vocab_size,
-        max_position_embeddings=base.max_position_embeddings,
-        layernorm_epsilon=1e-6,
-        rotary_base=10000.0,
-        rope_scaling=None,
-        tied=base.tied,
     )
 
 
@@ -177,7 +145,7 @@ def plan_base(recipe: Recipe, run: RunFolder) -> Iterator[Command]:
         return
     base, (settings, stage) = run.base, _get_base(recipe)
     sources = recipe.list_sources(*recipe.old_languages)
-    corpus = tuple(run.corpus_part(source, "train") for source in recipe.list_texts(*recipe.old_languages))
+    corpus = _list_parts(recipe, run, recipe.old_languages)
     config = CreateBase(corpus=corpus, output=base.scratch, overwrite=True, settings=settings)
     yield Command("create_base", config, base.scratch / STAGE_FILE)
     yield _convert(recipe, base.scratch, "megatron", base.megatron)
@@ -187,33 +155,33 @@ def plan_base(recipe: Recipe, run: RunFolder) -> Iterator[Command]:
     yield _convert(recipe, base.checkpoints(stage.name), "hf", base.export(stage.name))
 
 
-def plan_adaptation(recipe: Recipe, run: RunFolder, base_model: Path) -> Iterator[Command]:
-    """Yield the calls from the base model to the exports of every training stage."""
-    new, old = (
-        tuple(run.corpus_part(source, "train") for source in recipe.list_texts(*languages))
-        for languages in (recipe.new_languages, recipe.old_languages)
-    )
+def plan_vocabulary(recipe: Recipe, run: RunFolder, base_model: Path) -> Iterator[Command]:
+    """Yield the calls that make the tokenizer and cut all text with it."""
     build = BuildTokenizer(
         base=base_model,
-        corpus=new,
-        old_corpus=old,
+        corpus=_list_parts(recipe, run, recipe.new_languages),
+        old_corpus=_list_parts(recipe, run, recipe.old_languages),
         output=run.tokenizer,
         overwrite=True,
         settings=recipe.tokenizer,
     )
     yield Command("build_tokenizer", build, run.tokenizer / STAGE_FILE)
+    for source in recipe.list_sources(*recipe.old_languages, *recipe.new_languages):
+        yield from _tokenise(recipe, run, run, source, run.tokenizer)
+
+
+def plan_training(recipe: Recipe, run: RunFolder, base_model: Path) -> Iterator[Command]:
+    """Yield the calls from the base model to the exports of every training stage."""
     resize = ResizeVocab(
         model=base_model,
         tokenizer=run.tokenizer,
         output=run.resized,
-        corpus=new if recipe.vocab.method == "align" else (),
+        corpus=_list_parts(recipe, run, recipe.new_languages) if recipe.vocab.reads_corpus else (),
         overwrite=True,
         settings=recipe.vocab,
     )
     yield Command("resize_vocab", resize, run.resized / STAGE_FILE)
     yield _convert(recipe, run.resized, "megatron", run.megatron)
-    for source in recipe.list_sources(*recipe.old_languages, *recipe.new_languages):
-        yield from _tokenise(recipe, run, run, source, run.tokenizer)
     for stage in recipe.train.stages:
         yield _train(recipe, run, stage)
         yield _convert(recipe, run.checkpoints(stage.name), "hf", run.export(stage.name))
@@ -232,6 +200,11 @@ def plan_results(recipe: Recipe, run: RunFolder, base_model: Path) -> Iterator[C
     tokenizers = (f"base={base_model}", f"adapted={run.tokenizer}")
     measure = MeasureTokenizer(tokenizers=tokenizers, corpora=corpora, json=figures)
     yield Command("measure_tokenizer", measure, figures.with_name(f"tokenizers.{STAGE_FILE}"), outputs=(figures,))
+
+
+def _list_parts(recipe: Recipe, run: RunFolder, languages: tuple[str, ...]) -> tuple[Path, ...]:
+    """List the training documents of languages."""
+    return tuple(run.corpus_part(source, "train") for source in recipe.list_texts(*languages))
 
 
 def _convert(recipe: Recipe, source: Path, to: Any, output: Path) -> Command:
@@ -260,48 +233,6 @@ def _tokenise(recipe: Recipe, run: RunFolder, target: RunFolder, source: str, to
 def _train(recipe: Recipe, run: RunFolder, stage: StageSettings) -> Command:
     config = describe_training(stage, recipe.train)
     return Command("pretrain", config, run.checkpoints(stage.name) / STAGE_FILE, stage=stage.name)
-
-
-def run_commands(commands: list[Command], recipe: Recipe, tools: Path) -> None:
-    """Run the commands that are not finished, each as its own process.
-
-    Raises:
-        CheckpointError: a training stage was finished under other settings or on another plan; nothing is thrown
-            away unasked.
-        SystemExit: a command failed; its own message stands above, its exit code is passed on.
-    """
-    for number, command in enumerate(commands, start=1):
-        title = f"[{number}/{len(commands)}] {command.tool} {command.stage}".rstrip()
-        if command.is_finished():
-            if command.stage:
-                check_trained(recipe, command.stage)
-            _logger.info("%s: finished before", title)
-            continue
-        argv = _make_argv(command, recipe, tools)
-        _logger.info("%s: %s", title, shlex.join(argv))
-        code = subprocess.run(argv, check=False, env=_make_environment(command, recipe)).returncode
-        if code:
-            _logger.error("%s: failed with exit code %d; the lines above say why", title, code)
-            raise SystemExit(code)
-        if not command.record.is_file():
-            _logger.info("%s: stopped before its end, as asked; the same call continues", title)
-            raise SystemExit(0)
-
-
-def _make_environment(command: Command, recipe: Recipe) -> dict[str, str]:
-    """Share the cores between the ranks of a training stage; other tools take them all."""
-    if not command.stage:
-        return dict(os.environ)
-    threads = max(1, (os.cpu_count() or 1) // recipe.train.nproc_per_node)
-    return {"OMP_NUM_THREADS": str(threads), **os.environ}
-
-
-def _make_argv(command: Command, recipe: Recipe, tools: Path) -> list[str]:
-    tool = str(tools / f"{command.tool}.py")
-    if not command.stage:
-        return [sys.executable, tool, *to_flags(command.config)]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(recipe.train.nproc_per_node)]
-    return [sys.executable, *launch, tool, "--recipe", str(recipe.work_dir / "recipe.json"), "--stage", command.stage]
 
 
 def write_results(recipe: Recipe, run: RunFolder, base_model: Path) -> None:

@@ -5,6 +5,7 @@ The JSON that a run saves as its resolved recipe reads back equal.
 """
 
 import difflib
+import re
 import tomllib
 import types
 import typing
@@ -28,6 +29,7 @@ from megatron_adapt.config import (
 from megatron_adapt.config.names import get_language, is_source_name
 from megatron_adapt.errors import ConfigError
 from megatron_adapt.files import read_json
+from megatron_adapt.shape import LlamaShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,8 @@ class Recipe:
     base_train: StageSettings | None = None
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
     vocab: VocabSettings = field(default_factory=VocabSettings)
+    compare: dict[str, VocabSettings] = field(default_factory=dict)
+    "Ways to fill new rows that tools/compare_init.py measures against each other, each with a name."
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     data: DataSettings = field(default_factory=DataSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
@@ -62,6 +66,9 @@ class Recipe:
         self._check_corpus()
         for stage in (*self.train.stages, *([self.base_train] if self.base_train else [])):
             self._check_stage(stage)
+        for name in self.compare:
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                raise ConfigError(f"compare.{name}: the name must be a plain word; rename the table")
         for stage in self.train.stages:
             taken = ("base", "resized", *([self.base_train.name] if self.base_train else []))
             if stage.name in taken:
@@ -145,6 +152,24 @@ def read_recipe(path: Path) -> Recipe:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: no valid TOML ({error}); correct the line") from None
     return typing.cast(Recipe, _build(Recipe, table, str(path), ""))
+
+
+def make_base_shape(base: BaseSettings) -> LlamaShape:
+    """Return the shape of a base model that is made from scratch."""
+    return LlamaShape(
+        num_layers=base.num_layers,
+        hidden_size=base.hidden_size,
+        ffn_hidden_size=base.ffn_hidden_size,
+        num_attention_heads=base.num_attention_heads,
+        num_query_groups=base.num_query_groups,
+        kv_channels=base.hidden_size // base.num_attention_heads,
+        vocab_size=base.vocab_size,
+        max_position_embeddings=base.max_position_embeddings,
+        layernorm_epsilon=1e-6,
+        rotary_base=10000.0,
+        rope_scaling=None,
+        tied=base.tied,
+    )
 
 
 def _build(kind: Any, value: Any, where: str, key: str) -> Any:

@@ -28,7 +28,9 @@ ROWS = (
     {"checkpoint"},
     {"evaluate", "data", "vocab", "scratch"},
     {"train", "export"},
+    {"commands"},
     {"pipeline"},
+    {"compare"},
 )
 ROW_OF = {part: at for at, row in enumerate(ROWS) for part in row}
 FENCES = {

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.hf import HFFolder
 from megatron_adapt.checkpoint.release import release_model
+from megatron_adapt.commands import Command, run_commands
 from megatron_adapt.config import ConvertCheckpoint, ReleaseModel
 from megatron_adapt.corpus.parallel import prepare_parallel
 from megatron_adapt.data.encode import preprocess_data
@@ -24,7 +25,7 @@ from megatron_adapt.data.prompts import read_prompts
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.files import STAGE_FILE, write_json, write_stage
 from megatron_adapt.flags import load_recipe
-from megatron_adapt.pipeline import Command, plan_adaptation, plan_corpus, plan_results, run_commands, write_results
+from megatron_adapt.pipeline import plan_corpus, plan_results, plan_training, plan_vocabulary, write_results
 from megatron_adapt.run_folder import RunFolder
 from megatron_adapt.tokenizer.pieces import read_tokenizer
 from tests.helpers.runs import make_run, train_stage
@@ -35,6 +36,10 @@ SMALLER = (
     "--base-train.tokens 20000 --train.stages.0.tokens 10000 --train.stages.1.tokens 20000 --train.seq-length 64 "
     "--train.micro-batch-size 4 --train.global-batch-size 8 --train.eval-windows 8 --evaluate.max-bytes 5000"
 ).split()
+
+
+def plan_adaptation(recipe, run, base_model):
+    return [*plan_vocabulary(recipe, run, base_model), *plan_training(recipe, run, base_model)]
 
 
 def adapt(work_dir, raw, *flags):
@@ -136,7 +141,7 @@ def test_commands_follow_the_pipeline(tmp_path):
     recipe = load(make_run(tmp_path))
     commands = list(plan_adaptation(recipe, RunFolder(recipe.work_dir), recipe.base_model))
     assert [command.tool for command in commands] == [
-        "build_tokenizer", "resize_vocab", "convert_checkpoint", *["preprocess_data"] * 4,
+        "build_tokenizer", *["preprocess_data"] * 4, "resize_vocab", "convert_checkpoint",
         "pretrain", "convert_checkpoint", "pretrain", "convert_checkpoint",
     ]  # fmt: skip
 
@@ -145,7 +150,8 @@ def test_only_align_is_given_the_documents_of_the_new_language(tmp_path):
     path = make_run(tmp_path)
     for method, is_read in (("subtoken_mean", False), ("align", True)):
         recipe = load(path, "--vocab.method", method)
-        build, resize, *_ = plan_adaptation(recipe, RunFolder(recipe.work_dir), recipe.base_model)
+        build, *_ = plan_vocabulary(recipe, RunFolder(recipe.work_dir), recipe.base_model)
+        resize, *_ = plan_training(recipe, RunFolder(recipe.work_dir), recipe.base_model)
         assert resize.config.corpus == (build.config.corpus if is_read else ())
 
 

@@ -97,8 +97,8 @@ def _add_specials(base: LoadedTokenizer, donor: LoadedTokenizer, scratch: Path) 
     """Write ``tokenizer.json`` with the base's special tokens and post-processor; return the tokens added."""
     content = orjson.loads(donor.tokenizer.to_str())
     old = orjson.loads(base.tokenizer.to_str())
-    others = [part for part in _list_parts(content["post_processor"]) if part["type"] == "ByteLevel"]
-    templates = [part for part in _list_parts(old["post_processor"]) if part["type"] == "TemplateProcessing"]
+    others = [part for part in list_parts(content["post_processor"]) if part["type"] == "ByteLevel"]
+    templates = [part for part in list_parts(old["post_processor"]) if part["type"] == "TemplateProcessing"]
     around = {text for part in templates for token in part["special_tokens"].values() for text in token["tokens"]}
     known = {token["content"]: token for token in content["added_tokens"]}
     vocab, next_id = content["model"]["vocab"], donor.vocab_size
@@ -121,9 +121,10 @@ def _add_specials(base: LoadedTokenizer, donor: LoadedTokenizer, scratch: Path) 
     return added
 
 
-def _list_parts(processor: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+def list_parts(processor: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """Yield the parts of a post-processor of ``tokenizer.json``, those of sequences one by one."""
     if processor and processor["type"] == "Sequence":
-        yield from chain.from_iterable(map(_list_parts, processor["processors"]))
+        yield from chain.from_iterable(map(list_parts, processor["processors"]))
     elif processor:
         yield processor
 

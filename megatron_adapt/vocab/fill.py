@@ -21,9 +21,14 @@ import torch
 from megatron_adapt.config import VocabSettings
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.vocab.align import plan_align
+from megatron_adapt.vocab.clp import count_clp_bytes, plan_clp
+from megatron_adapt.vocab.focus import plan_focus
 from megatron_adapt.vocab.merge_tree import plan_merge_tree
+from megatron_adapt.vocab.mixtures import MAX_USED
 from megatron_adapt.vocab.norms import match_median, match_quantiles, measure_norms, read_norms
-from megatron_adapt.vocab.rows import BaseRows, Fill, FillSources, combine_rows, divide_ids, name_matrix
+from megatron_adapt.vocab.omp import count_omp_bytes, plan_omp
+from megatron_adapt.vocab.rows import CHUNK_ROWS, BaseRows, Fill, FillSources, combine_rows, divide_ids, name_matrix
+from megatron_adapt.vocab.similarity import plan_similarity_topk
 from megatron_adapt.vocab.spread import plan_mean, plan_normal
 from megatron_adapt.vocab.subtoken import plan_subtoken_mean, plan_subtoken_weighted
 from megatron_adapt.vocab.transform import plan_linear_transform
@@ -31,6 +36,8 @@ from megatron_adapt.vocab.transform import plan_linear_transform
 _logger = logging.getLogger(__name__)
 _NUM_SQUARES = {"normal": 2, "linear_transform": 5}
 "Matrices H x H in fp64 that a method holds."
+_COUNT_BYTES = {"clp": count_clp_bytes, "omp": count_omp_bytes}
+"Memory of the methods that hold others."
 
 FILL_METHODS: dict[str, Callable[[FillSources], Fill]] = {
     "subtoken_mean": plan_subtoken_mean,
@@ -39,7 +46,11 @@ FILL_METHODS: dict[str, Callable[[FillSources], Fill]] = {
     "normal": plan_normal,
     "align": plan_align,
     "merge_tree": plan_merge_tree,
+    "similarity_topk": plan_similarity_topk,
+    "focus": plan_focus,
     "linear_transform": plan_linear_transform,
+    "clp": plan_clp,
+    "omp": plan_omp,
 }
 
 
@@ -66,8 +77,11 @@ def count_fill_bytes(config: VocabSettings, pieces: Mapping[int, Sequence[int]],
         num_used = len({old for new in ids for old in pieces[new]})
         # The old rows as they are stored and in fp32; the new ones, those of the chunk before, and one of them cast.
         most = max(most, num_used * (itemsize + 4) + len(ids) * (4 + 4 + itemsize))
+    if config.method in ("similarity_topk", "focus"):
+        most = max(most, MAX_USED * (itemsize + 4) + CHUNK_ROWS * (4 + 4 + itemsize))
     most += 2 * 4 * len(pieces) * (config.norm == "quantile")
-    return most * width + _NUM_SQUARES.get(config.method, 0) * 8 * width**2
+    count = _COUNT_BYTES.get(config.method)
+    return most * width + (count(width) if count else _NUM_SQUARES.get(config.method, 0) * 8 * width**2)
 
 
 def _complete(

@@ -8,15 +8,21 @@
 - ``procrustes``: a rotation and one scale: angles stay as they are in the donor.
 - ``auto``: of all these, what predicts held-out anchors best.
 
+Anchors may weigh differently: means, squared errors and R2 are then weighted sums.
+
 1. ``fit_map`` reads the anchors twice: means, then X^T X and X^T Y of the centred rows, in fp64. The products of
    a tenth of the anchors, at most 1024, are added last.
-2. ``_choose`` fits the candidates without that tenth and compares R2 on it, over at most 512 columns.
+2. ``_choose`` fits the candidates without that tenth and compares R2 on it, over at most 256 columns.
 3. ``_solve`` by Cholesky; where columns depend on each other by eigenvalues, small ones cut (the least W).
+4. ``_find_rotation`` by Newton's iteration for the polar factor, all products and inverses; in fp32 where it is judged.
 
-fp32 is not enough: real embeddings have condition numbers of 1e4, and X^T X has the square.
-Costs: two products of anchors x H x H and a solve for ``ols``; ``ridge`` solves once more for each penalty, and
-``procrustes``, and so ``auto``, takes an SVD of the donor's width. At width 512 with 2000 anchors, on one core, ``ols``
-takes 1.5 and ``auto`` 3.9 times the products (``benchmarks/fill.py``). Memory of about five matrices H x H in fp64.
+fp32 is not enough for squares: real embeddings have condition numbers of 1e4, and X^T X has the square of that.
+Costs: two products of anchors x H x H, of X^T X little more than the half, and a solve for ``ols``; ``ridge`` solves
+for 256 columns once more for each penalty, ``procrustes`` takes 7 to 9 inverses, ``auto`` both. With 8000 anchors of
+width 2048 and twice as many new rows, on one core, ``ols`` takes 1.2, ``ridge`` 1.4, ``auto`` 2.2 and ``procrustes`` 3
+times the fp64 products (``benchmarks/fill.py``). Memory of about five matrices H x H in fp64.
+
+Polar factor: Higham 1986, Computing the polar decomposition - with applications.
 """
 
 import logging
@@ -33,11 +39,15 @@ Estimator = Literal["auto", "ols", "ridge", "procrustes"]
 _logger = logging.getLogger(__name__)
 _CHUNK_ANCHORS = 2048
 _HELD_SHARE, _MAX_HELD = 10, 1024
-_JUDGED_COLUMNS = 512
+_JUDGED_COLUMNS = 256
+_GRAM_BLOCKS = 4
 _PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 "Of the mean eigenvalue of X^T X."
 _SMALLEST_PIVOT = 1e-6  # of the largest: beyond it the squares have no digits left
 _SMALLEST_EIGENVALUE = 1e-12  # of the largest
+_MOST_STEPS = 30  # of Newton's iteration; 9 are usual
+_SMALL_STEP = 1e-2  # relative: the next is a thousandth of it, without scaling
+_LAST_STEP = {torch.float64: 1e-8, torch.float32: 1e-2}  # the error behind it is about its square
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +76,7 @@ def fit_map(
     estimator: Estimator,
     seed: int,
     where: str,
+    weights: np.ndarray | None = None,
 ) -> LinearMap:
     """Fit a map on anchors.
 
@@ -75,6 +86,7 @@ def fit_map(
         estimator: the kind of map.
         seed: draws the held-out anchors.
         where: what is fitted, for messages.
+        weights: of the anchors, positive; without them all weigh the same.
 
     Raises:
         ConfigError: ``ols`` was asked for, and the anchors are not more than the columns.
@@ -82,21 +94,25 @@ def fit_map(
     order = np.random.default_rng(seed).permutation(num_anchors)
     num_held = min(-(-num_anchors // _HELD_SHARE), _MAX_HELD)
     held, rest = np.sort(order[:num_held]), np.sort(order[num_held:])
-    mean_x, mean_y = _read_means(read, num_anchors)
+    shares = np.ones(num_anchors) if weights is None else weights / weights.mean()
+    mean_x, mean_y = _read_means(read, shares)
     candidates = _list_candidates(estimator, len(rest), len(mean_x), where)
     gram, cross = (torch.zeros(len(mean_x), len(other), dtype=torch.float64) for other in (mean_x, mean_y))
 
-    def add(chunks: Iterator[np.ndarray]) -> None:
-        for chunk in chunks:
-            x, y = read(chunk)
-            x, y = x - mean_x, y - mean_y
-            gram.addmm_(x.T, x)
+    def read_centred(numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = read(numbers)
+        roots = torch.from_numpy(np.sqrt(shares[numbers]))[:, None]
+        return (x - mean_x).mul_(roots), (y - mean_y).mul_(roots)
+
+    def add(numbers: np.ndarray) -> None:
+        for chunk in _divide(numbers):
+            x, y = read_centred(chunk)
+            add_squares(gram, x)
             cross.addmm_(x.T, y)
 
-    add(_divide(rest))
-    x, y = read(held)
-    name, penalty, r2 = _choose(candidates, gram, cross, x - mean_x, y - mean_y)
-    add(_divide(held))
+    add(rest)
+    name, penalty, r2 = _choose(candidates, gram, cross, *read_centred(held))
+    add(held)
     weight = _fit(name, penalty, gram, cross)
     _logger.info(
         "%s: %s%s on %d shared tokens, R2 %.3f on %d held out",
@@ -108,12 +124,21 @@ def fit_map(
 
 
 def _read_means(
-    read: Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]], num_anchors: int
+    read: Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]], shares: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor]:
     sums = [torch.zeros(()), torch.zeros(())]
-    for chunk in _divide(np.arange(num_anchors)):
-        sums = [total + rows.sum(0) for total, rows in zip(sums, read(chunk), strict=True)]
-    return sums[0] / num_anchors, sums[1] / num_anchors
+    for chunk in _divide(np.arange(len(shares))):
+        sums = [total + torch.from_numpy(shares[chunk]) @ rows for total, rows in zip(sums, read(chunk), strict=True)]
+    return sums[0] / shares.sum(), sums[1] / shares.sum()
+
+
+def add_squares(gram: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add X^T X: the blocks right of the diagonal by products, the others as their mirror."""
+    width = -(-len(gram) // _GRAM_BLOCKS)
+    for start in range(0, len(gram), width):
+        stop = start + width
+        gram[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
 
 
 def _divide(numbers: np.ndarray) -> Iterator[np.ndarray]:
@@ -146,7 +171,7 @@ def _choose(
     found = []
     for name, penalty in candidates:
         if name == "procrustes":
-            weight = _fit(name, penalty, gram, cross)[:, columns]
+            weight = _scale_rotation(_find_rotation(cross.float()).double(), gram, cross)[:, columns]
         else:
             weight = _fit(name, penalty, gram, cross[:, columns])
         error = float((target - x @ weight).square().sum() / target.square().sum().clamp(min=1e-300))
@@ -157,14 +182,48 @@ def _choose(
 
 
 def _fit(name: str, penalty: float, gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    if name != "procrustes":
-        return _solve(gram, cross, penalty)
-    left, values, right = torch.linalg.svd(cross, full_matrices=False)
-    # The scale that fits best; with fewer columns in y the rotation also projects.
-    rotation: torch.Tensor = left @ right
-    spread = torch.trace(gram) if len(gram) <= cross.shape[1] else (gram @ rotation * rotation).sum()
-    scaled: torch.Tensor = rotation * (values.sum() / spread)
-    return scaled
+    if name == "procrustes":
+        return _scale_rotation(_find_rotation(cross), gram, cross)
+    return _solve(gram, cross, penalty)
+
+
+def _scale_rotation(rotation: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+    """Scale a rotation as fits best; with fewer columns in y the rotation also projects."""
+    rows, columns = cross.shape
+    spread = torch.trace(gram) if rows <= columns else (gram @ rotation * rotation).sum()
+    return rotation * ((rotation * cross).sum() / spread)
+
+
+def _find_rotation(cross: torch.Tensor) -> torch.Tensor:
+    """Return the orthogonal polar factor: U V of the SVD U S V, in the type of ``cross``."""
+    rows, columns = cross.shape
+    if rows < columns:
+        return _find_rotation(cross.T).T
+    if rows > columns:
+        basis, triangle = torch.linalg.qr(cross)
+        rotated: torch.Tensor = basis @ _find_rotation(triangle)
+        return rotated
+    rotation = cross / cross.abs().max()
+    step = 1.0
+    for _ in range(_MOST_STEPS):
+        inverse, failed = torch.linalg.inv_ex(rotation)
+        scale = 1.0 if step < _SMALL_STEP else _balance(rotation, inverse)
+        if failed or not 0 < scale < float("inf"):  # cross is singular
+            break
+        following = (rotation * (scale / 2)).add_(inverse.T, alpha=0.5 / scale)
+        step = float((following - rotation).norm() / following.norm())
+        rotation = following
+        if step < _LAST_STEP[cross.dtype]:
+            return rotation
+    left, _, right = torch.linalg.svd(cross, full_matrices=False)
+    found: torch.Tensor = left @ right
+    return found
+
+
+def _balance(rows: torch.Tensor, inverse: torch.Tensor) -> float:
+    """Return the factor that brings the singular values of a matrix nearest to 1."""
+    norms = [torch.linalg.matrix_norm(item, kind) for item in (inverse, rows) for kind in (1, float("inf"))]
+    return float((norms[0] * norms[1] / norms[2] / norms[3]) ** 0.25)
 
 
 def _solve(gram: torch.Tensor, cross: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -175,8 +234,18 @@ def _solve(gram: torch.Tensor, cross: torch.Tensor, penalty: float) -> torch.Ten
     if not failed and pivots.min() > _SMALLEST_PIVOT * pivots.max():
         found: torch.Tensor = torch.cholesky_solve(cross, root)
         return found
-    values, vectors = torch.linalg.eigh(penalised)
-    is_kept = values > _SMALLEST_EIGENVALUE * values[-1]
-    kept = vectors[:, is_kept]
-    solved: torch.Tensor = kept @ ((kept.T @ cross) / values[is_kept, None])
-    return solved
+    return solve_least_norm(penalised, cross)[0]
+
+
+def solve_least_norm(gram: torch.Tensor, cross: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return the least W of those that bring X W closest to Y, from X^T X and X^T Y, and the rank that X seems to have.
+
+    Singular values of X below 1e-6 of the largest count as zero: the squares hold no more digits of them. Above it W is
+    as exact as eps times the square of the condition number: 1e-8 at a condition number of 1e4.
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    rank = int((values > _SMALLEST_EIGENVALUE * values[-1]).sum())
+    first = len(values) - rank  # in ascending order
+    kept = vectors[:, first:]
+    solved: torch.Tensor = kept @ ((kept.T @ cross) / values[first:, None])
+    return solved, rank

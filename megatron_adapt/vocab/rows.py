@@ -132,7 +132,7 @@ def _combine_chunk(
     ends = list(accumulate(map(len, olds)))
     offsets = torch.tensor([0, *ends[:-1]])
     index = torch.tensor([position[old] for old in flat], dtype=torch.long)
-    gathered_VH = base.gather(used).float()
+    gathered_VH = base.gather(used or [0]).float()  # a row at least says how wide they are
     if weights is None:
         return torch.nn.functional.embedding_bag(index, gathered_VH, offsets, mode="mean")
     each = torch.tensor([weight for some in weights for weight in some], dtype=torch.float32)

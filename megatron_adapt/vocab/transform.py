@@ -1,26 +1,31 @@
 """Method ``linear_transform``: rows of a donor through the linear map that takes those of shared tokens to the base's.
 
-The embedding space transformation of Bilingual Adaptation (Gosal et al. 2024, arXiv 2407.12869).
+The embedding space transformation of Bilingual Adaptation (Gosal et al. 2024, arXiv 2407.12869); with a tokenizer that
+``build_tokenizer --method transplant --adopt`` made, Linearized Embedding Transfer.
 
-1. ``read_donor`` opens the donor, ``list_surfaces`` compares tokens by their surface form.
-2. ``fit_map`` fits a map for each matrix on its own rows: input from the donor's input matrix, head from its head. A
-   donor with tied matrices gives its one matrix for both.
-3. A new token that the donor has takes the mapped donor row; the others have no row by this method.
+1. ``find_overlap`` opens the donor and compares tokens by their surface form.
+2. ``weigh_anchors`` counts shared tokens in the corpus, once, if ``anchor_weights`` is ``frequency``.
+3. ``fit_map`` fits a map for each matrix on its own rows; a new token that the donor has takes the mapped donor row.
 
-Costs: those of ``linear``.
+Costs: those of ``linear``; for weights one encoding of the corpus.
 """
 
+import logging
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 import torch
 
-from megatron_adapt.errors import CheckpointError
-from megatron_adapt.vocab.donor import list_surfaces, read_donor
+from megatron_adapt.corpus.documents import read_texts
+from megatron_adapt.errors import DataError
+from megatron_adapt.logs import show_progress
+from megatron_adapt.tokenizer.words import Reading
+from megatron_adapt.vocab.donor import Overlap, find_overlap
 from megatron_adapt.vocab.linear import fit_map
-from megatron_adapt.vocab.rows import BaseRows, Fill, FillSources, divide_ids, name_matrix
+from megatron_adapt.vocab.rows import BaseRows, Fill, FillSources, name_matrix
 
-_MIN_ANCHORS = 10
+_logger = logging.getLogger(__name__)
 
 
 def plan_linear_transform(sources: FillSources) -> Fill:
@@ -29,44 +34,53 @@ def plan_linear_transform(sources: FillSources) -> Fill:
     Raises:
         CheckpointError: the donor is incomplete, does not fit its tokenizer, or shares next to nothing with the base.
         ConfigError: the model came without its tokenizer.
-        DataError: the donor's tokenizer is of a kind this package does not know.
+        DataError: the donor's tokenizer is of a kind this package does not know, or the corpus is empty or damaged.
     """
-    settings, own = sources.settings, sources.require_own()
-    assert settings.donor is not None
-    donor = read_donor(settings.donor)
-    theirs = list_surfaces(donor.tokenizer)
-    anchors = np.array(
-        [(theirs[form], old) for form, old in list_surfaces(own).items() if form in theirs], np.int64
-    ).reshape(-1, 2)
-    if len(anchors) < _MIN_ANCHORS:
-        raise CheckpointError(
-            f"{settings.donor}: shares {len(anchors)} tokens with {own.folder}, too few to fit a map; name a donor "
-            "with more, or use --method subtoken_mean"
-        )
-    wanted = {index: form for form, index in list_surfaces(sources.require_made()).items()}
-    found = {new: theirs[wanted[new]] for new in sources.id_map.pieces if wanted.get(new) in theirs}
+    settings, overlap = sources.settings, find_overlap(sources)
+    is_weighted = settings.anchor_weights == "frequency"
+    if is_weighted and next(read_texts(sources.corpus, sources.text_key), None) is None:
+        raise DataError("corpus: no text in it to count shared tokens in; name documents in the new language")
+
+    @cache
+    def weigh() -> np.ndarray | None:
+        return weigh_anchors(sources, overlap) if is_weighted else None
 
     def fill(base: BaseRows) -> Iterator[tuple[list[int], torch.Tensor]]:
         def read(numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-            theirs_N, olds_N = anchors[numbers].T.tolist()
-            rows_NH = base.gather(olds_N).double()
-            is_finite_N = rows_NH.isfinite().all(-1)
-            if not is_finite_N.all():
-                old = olds_N[int((~is_finite_N).nonzero()[0, 0])]
-                raise CheckpointError(
-                    f"{name_matrix(base)}: row {old} ({own.tokenizer.id_to_token(old)!r}) holds NaN or infinity; mend "
-                    "the model, or use --method subtoken_mean"
-                )
-            return donor.gather(theirs_N, base.is_head), rows_NH
+            theirs_ND, rows_NH = overlap.gather_anchors(base, numbers)
+            return theirs_ND.double(), rows_NH.double()
 
-        where = f"{name_matrix(base)} from {settings.donor}"
-        linear = fit_map(read, len(anchors), estimator=settings.estimator, seed=settings.seed, where=where)
-        for ids in divide_ids(sources.id_map.pieces):
-            rows_NH = torch.zeros(len(ids), len(linear.mean_y))
-            has_donor = [at for at, new in enumerate(ids) if new in found]
-            if has_donor:
-                mapped = linear.apply(donor.gather([found[ids[at]] for at in has_donor], base.is_head))
-                rows_NH[has_donor] = mapped.float()
-            yield ids, rows_NH
+        linear = fit_map(
+            read,
+            overlap.num_anchors,
+            estimator=settings.estimator,
+            seed=settings.seed,
+            where=f"{name_matrix(base)} from {settings.donor}",
+            weights=weigh(),
+        )
+        yield from overlap.fill_found(base, linear.apply)
 
     return fill
+
+
+def weigh_anchors(sources: FillSources, overlap: Overlap) -> np.ndarray:
+    """Return the weights of the anchors: [C], the root of 1 + how often each occurs in the corpus.
+
+    The counts of Zipf's law themselves would leave the fit to a few dozen tokens, far fewer than columns; their roots
+    still count as many as 40 % of the anchors would. The 1 keeps the anchors that the corpus lacks, or the new
+    tokenizer never cuts: fewer of them may not determine the map.
+
+    Raises:
+        DataError: the corpus cannot be read.
+    """
+    made = sources.require_made()
+    counts = np.zeros(made.vocab_size + 1, np.int64)  # the last is that of no id
+    reading = Reading()
+    with show_progress("counting shared tokens in the corpus", None, "MB") as advance:
+        for batch in reading.batch(read_texts(sources.corpus, sources.text_key), advance):
+            for item in made.tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+                np.add.at(counts, item.ids, 1)
+    counted_C = counts[overlap.anchors[:, 2]]
+    _logger.info("%d of %d shared tokens occur in the corpus", np.count_nonzero(counted_C), overlap.num_anchors)
+    weights_C: np.ndarray = np.sqrt(1.0 + counted_C)
+    return weights_C

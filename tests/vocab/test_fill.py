@@ -98,13 +98,13 @@ def write_model(folder, base, **settings):
 
 def resize(model, built, output, method, **settings):
     _, made, donor, corpus = built
-    needs = {"donor": donor} if method == "linear_transform" else {}
+    needs = {"donor": donor} if method in ("linear_transform", "clp", "omp") else {}
     resize_vocab(
         ResizeVocab(
             model=model,
             tokenizer=made.folder,
             output=output,
-            corpus=(corpus,) if method == "align" else (),
+            corpus=(corpus,) if VocabSettings(method=method, **needs).reads_corpus else (),
             settings=VocabSettings(method=method, **needs, **settings),
         )
     )
@@ -152,7 +152,9 @@ def test_norms_are_matched_whatever_the_method(tmp_path, built, method, norm):
         assert left.norm(dim=-1).median() != pytest.approx(float(old.median()), rel=0.03)
 
 
-@pytest.mark.parametrize("method", ["normal", "align", "merge_tree", "linear_transform"])
+@pytest.mark.parametrize(
+    "method", ["normal", "align", "merge_tree", "linear_transform", "similarity_topk", "focus", "omp"]
+)
 def test_a_megatron_checkpoint_gets_the_rows_of_the_hugging_face_folder(tmp_path, built, method):
     base, made, _, _ = built
     model = write_model(tmp_path / "model", base)

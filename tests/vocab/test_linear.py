@@ -9,8 +9,9 @@ from megatron_adapt.vocab.linear import fit_map
 KINDS = ("ols", "ridge", "procrustes")
 
 
-def fit(x, y, estimator="auto", seed=0):
-    return fit_map(lambda at: (x[at], y[at]), len(x), estimator=estimator, seed=seed, where="input matrix")
+def fit(x, y, estimator="auto", seed=0, weights=None):
+    options = {"estimator": estimator, "seed": seed, "where": "input matrix", "weights": weights}
+    return fit_map(lambda at: (x[at], y[at]), len(x), **options)
 
 
 def make_rows(num_rows, width, other, noise=0.0, seed=0):
@@ -126,3 +127,56 @@ def test_the_same_seed_gives_the_same_map_and_chunks_change_nothing(monkeypatch)
     assert found.r2 != fit(x, y, seed=4).r2
     monkeypatch.setattr(linear, "_CHUNK_ANCHORS", 7)
     assert torch.allclose(found.weight, fit(x, y, seed=3).weight, atol=1e-10)
+
+
+# ---------------------------------------------------------------- weights
+
+
+def test_weighted_least_squares_are_those_of_scaled_anchors_with_an_intercept():
+    x, y = make_rows(90, 6, 4, noise=0.5)
+    weights = np.random.default_rng(0).uniform(0.1, 20, 90)
+    design = np.hstack([x.numpy(), np.ones((90, 1))])
+    roots = np.sqrt(weights)[:, None]
+    expected = design @ np.linalg.lstsq(design * roots, y.numpy() * roots, rcond=None)[0]
+    found = fit(x, y, "ols", weights=weights)
+    assert np.allclose(found.apply(x).numpy(), expected, atol=1e-10)
+    assert torch.allclose(found.weight, fit(x, y, "ols", weights=7 * weights).weight, atol=1e-10)
+
+
+@pytest.mark.parametrize("estimator", ["ols", "procrustes"])
+def test_an_anchor_that_weighs_twice_counts_as_two(estimator):
+    x, y = make_rows(60, 5, 5, noise=1.0)
+    weights = np.where(np.arange(60) < 20, 2.0, 1.0)
+    twice = fit(torch.cat([x, x[:20]]), torch.cat([y, y[:20]]), estimator)
+    assert torch.allclose(fit(x, y, estimator, weights=weights).apply(x), twice.apply(x), atol=1e-9)
+
+
+def test_r2_weighs_held_out_anchors_as_the_fit_does():
+    x, y = make_rows(400, 5, 4)
+    y[:200] += 30 * torch.randn(200, 4, dtype=torch.float64)
+    weights = np.where(np.arange(400) < 200, 1e-6, 1.0)
+    assert fit(x, y, "ols", weights=weights).r2 > 0.99
+    assert fit(x, y, "ols").r2 < 0.9
+
+
+# ---------------------------------------------------------------- rotations
+
+
+@pytest.mark.parametrize("shape", [(7, 7), (9, 4), (4, 9), (40, 40)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_rotation_is_that_of_the_singular_value_decomposition(shape, dtype):
+    torch.manual_seed(3)
+    cross = torch.randn(shape, dtype=dtype) * 1e5
+    left, _, right = torch.linalg.svd(cross.double(), full_matrices=False)
+    error = (linear._find_rotation(cross).double() - left @ right).abs().max()
+    assert error < (1e-10 if dtype == torch.float64 else 1e-3)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_singular_products_give_a_rotation_all_the_same(rank):
+    torch.manual_seed(rank)
+    cross = torch.randn(12, rank, dtype=torch.float64) @ torch.randn(rank, 12, dtype=torch.float64)
+    rotation = linear._find_rotation(cross)
+    assert torch.allclose(rotation.T @ rotation, torch.eye(12, dtype=torch.float64), atol=1e-8)
+    # The best one: nothing is lost of the trace.
+    assert (rotation * cross).sum() == pytest.approx(float(torch.linalg.svdvals(cross).sum()), abs=1e-6)
