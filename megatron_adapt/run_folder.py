@@ -97,12 +97,15 @@ _WITHOUT_EFFECT = (
     "stages nproc_per_node tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel micro_batch_size "
     "use_distributed_optimizer log_interval save_interval eval_interval eval_windows stop_after_steps continue_blend"
 ).split()
+# Settings that are newer than the first records: left out at their default, so that those still hold.
+_LATER_DEFAULTS = {"objective": "language_modeling", "distillation_layer": -1}
 
 
 def describe_training(stage: StageSettings, train: TrainSettings) -> dict[str, Any]:
     """Return the settings that decide the weights a stage ends with; its record keeps them."""
     decisive = {name: value for name, value in to_plain(train).items() if name not in _WITHOUT_EFFECT}
-    return {"stage": to_plain(stage), "train": decisive}
+    described = {name: value for name, value in to_plain(stage).items() if (name, value) not in _LATER_DEFAULTS.items()}
+    return {"stage": described, "train": decisive}
 
 
 def is_trained(folder: Path, config: dict[str, Any]) -> bool:

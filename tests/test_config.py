@@ -129,6 +129,7 @@ def test_a_donor_taken_whole_leaves_nothing_to_choose(name, value):
         ),
         (lambda: make_stage(name=".."), r"train\.stages \.\.: the name must be a plain word"),
         (lambda: BaseSettings(num_attention_heads=0), r"base\.num_attention_heads: 0 is below 1"),
+        (lambda: TrainSettings(adam_eps=0.0), r"train\.adam_eps: 0\.0 is not positive, and what has no .*; use 1e-8"),
         (lambda: TrainSettings(stop_after_steps=-1), r"train\.stop_after_steps: -1 is below 0"),
     ],
 )

@@ -13,6 +13,7 @@ from megatron_adapt.checkpoint.hf import CONFIG_FILE
 from megatron_adapt.checkpoint.root import Description
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.files import write_json
+from megatron_adapt.tokenizer.id_map import MAP_FILE
 from megatron_adapt.tokenizer.pieces import LoadedTokenizer, copy_tokenizer, read_tokenizer
 
 _logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ def write_companions(target: Path, *, config: dict[str, Any], source: Path, toke
         target: folder; made if missing.
         config: content of ``config.json``.
         source: folder that the generation config is copied from, if it has one.
-        tokenizer: the tokenizer to copy, if there is one.
+        tokenizer: the tokenizer to copy, if there is one; the map of its new tokens goes with it.
     """
     target.mkdir(parents=True, exist_ok=True)
     write_json(target / CONFIG_FILE, config)
@@ -105,6 +106,9 @@ def write_companions(target: Path, *, config: dict[str, Any], source: Path, toke
         shutil.copyfile(source / GENERATION_FILE, target / GENERATION_FILE)
     if tokenizer is not None:
         copy_tokenizer(tokenizer.folder, target)
+        # A training that holds the old rows asks which rows are new.
+        if (tokenizer.folder / MAP_FILE).is_file():
+            shutil.copyfile(tokenizer.folder / MAP_FILE, target / MAP_FILE)
 
 
 def change_config(config: dict[str, Any], *, vocab_size: int, dtype: str) -> dict[str, Any]:

@@ -32,8 +32,14 @@ class StageSettings:
     "Where max_epochs allows too little: fail; redistribute, others grow and the budget stays; cap, the budget shrinks."
     continue_blend: bool = True
     "Begin each source where the stages before stopped reading it; otherwise read it in a new order from its start."
-    trainable: Literal["embeddings", "all"] = "all"
-    "embeddings: input embedding and output head only; all: every parameter."
+    trainable: Literal["embeddings", "new_rows", "all"] = "all"
+    """embeddings: input embedding and output head only. new_rows: of these the rows of new tokens only, without weight
+    decay. all: every parameter."""
+    objective: Literal["language_modeling", "token_distillation"] = "language_modeling"
+    """language_modeling: predict the next token. token_distillation: input rows of new tokens learn the hidden states
+    that their old pieces give (Dobler et al. 2025); with trainable = new_rows."""
+    distillation_layer: int = -1
+    "Layer whose hidden states token_distillation compares: -1 the last, behind the final norm; early ones cost less."
     carry_optimizer: bool = False
     "Begin with the moments and fp32 masters of the checkpoint the stage starts from, too; the same parameters learn."
     lr: float = 1e-4
@@ -50,6 +56,7 @@ class StageSettings:
         require(re.fullmatch(r"\w[\w.-]*", self.name) is not None, f"{where}: the name must be a plain word")
         _check_ratio(where, "blend", self.blend, "language")
         self._check_sources(where)
+        self._check_objective(where)
         require(
             self.lr > self.min_lr >= 0,
             f"{where}: lr {self.lr} and min_lr {self.min_lr} must fall and be >= 0",
@@ -57,6 +64,23 @@ class StageSettings:
         require(
             0 <= self.lr_warmup_fraction < 1,
             f"{where}: lr_warmup_fraction {self.lr_warmup_fraction} is not between 0 and 1",
+        )
+
+    def _check_objective(self, where: str) -> None:
+        """Refuse an objective that does not fit what learns."""
+        distils = self.objective == "token_distillation"
+        require(
+            not distils or self.trainable == "new_rows",
+            f'{where}: objective = "token_distillation" trains rows of new tokens alone, trainable is '
+            f'"{self.trainable}"; set it to "new_rows"',
+        )
+        require(
+            distils or self.distillation_layer == -1,
+            f'{where}: distillation_layer has no effect without objective = "token_distillation"; add it',
+        )
+        require(
+            self.distillation_layer == -1 or self.distillation_layer >= 1,
+            f"{where}: distillation_layer {self.distillation_layer} is no layer; use 1 or more, or -1 for the last",
         )
 
     def _check_sources(self, where: str) -> None:
@@ -162,6 +186,10 @@ class TrainSettings:
         )
         for name in positive.split():
             require(getattr(self, name) >= 1, f"train.{name}: {getattr(self, name)} is below 1")
+        require(
+            self.adam_eps > 0,
+            f"train.adam_eps: {self.adam_eps} is not positive, and what has no gradient is divided by it; use 1e-8",
+        )
         require(self.stop_after_steps >= 0, f"train.stop_after_steps: {self.stop_after_steps} is below 0")
         names = [stage.name for stage in self.stages]
         require(len(set(names)) == len(names), f"train.stages: a name occurs twice in {names}; rename one")

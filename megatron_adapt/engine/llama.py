@@ -6,11 +6,16 @@ columns that pad the vocabulary never enter the softmax of the loss.
 Weights are left uninitialised: they always come from a checkpoint.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -48,6 +53,41 @@ class LlamaModel(GPTModel):  # type: ignore[misc]
             logits[..., num_true:] = torch.finfo(logits.dtype).min
         loss_BT: torch.Tensor = super().compute_language_model_loss(labels, logits)
         return loss_BT
+
+    def compute_hidden_states(
+        self, ids_BT: torch.Tensor, layer: int, documents: PackedSeqParams | None = None
+    ) -> torch.Tensor:
+        """Return what comes out of a layer, on a rank that holds all layers; neither later ones nor the head are run.
+
+        Args:
+            ids_BT: token ids.
+            layer: from 1; -1 is the last one, behind the final norm.
+            documents: where attention starts anew (``pack_documents``).
+
+        Returns:
+            [T, B, H], whole on every tensor-parallel rank.
+        """
+        positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        with self._end_at(layer):
+            states_TBH: torch.Tensor = self(ids_BT, positions_BT, None, packed_seq_params=documents)
+        if self.config.sequence_parallel:
+            # What follows is the same on every rank, so the gradient is cut and not summed.
+            states_TBH = gather_from_sequence_parallel_region(states_TBH, tensor_parallel_output_grad=False)
+        return states_TBH
+
+    @contextmanager
+    def _end_at(self, layer: int) -> Iterator[None]:
+        """Let a forward pass end behind a layer: a ``GPTModel`` without ``post_process`` returns hidden states."""
+        decoder = self.decoder
+        layers, norm = decoder.layers, decoder.final_layernorm
+        self.post_process = False
+        if layer != -1:
+            decoder.layers, decoder.final_layernorm = layers[:layer], None
+        try:
+            yield
+        finally:
+            self.post_process = True
+            decoder.layers, decoder.final_layernorm = layers, norm
 
 
 def build_model(

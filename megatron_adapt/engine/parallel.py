@@ -49,7 +49,7 @@ def start_engine(layout: Layout, seed: int) -> Iterator[None]:
         seed: seed of every random generator of the engine.
     """
     cpu.install()
-    _quieten_engine()
+    quieten_engine()
     _init_process_group()
     try:
         parallel_state.initialize_model_parallel(layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size)
@@ -78,6 +78,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _quieten_engine() -> None:
+def quieten_engine() -> None:
+    """Silence what the engine says of every optional package."""
     for name in ("megatron.core", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -27,7 +27,9 @@ from megatron_adapt.recipe import Recipe
 from megatron_adapt.run_folder import PLAN_FILE, TRAINING_FILE, StagePlace, describe_training, find_stage
 from megatron_adapt.shape import check_layout
 from megatron_adapt.tokenizer.pieces import piece_bytes, read_tokenizer
+from megatron_adapt.train.distill import Distillation, plan_distillation
 from megatron_adapt.train.documents import find_eod
+from megatron_adapt.train.new_tokens import find_new_ids, hash_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,10 @@ class StageInputs:
     "Bytes of text of every id of the padded vocabulary."
     eod_id: int | None
     "End-of-document id of the tokens; None where no setting needs it."
+    new_ids: NDArray[np.int64] | None
+    "Ids whose rows learn, in ascending order; None where whole parameters do."
+    distillation: Distillation | None
+    "For a stage of token distillation, what its teacher reads."
 
     @property
     def root(self) -> Path:
@@ -85,6 +91,9 @@ class StageInputs:
             "blend_engine": self.settings.blend_engine,
             "global_batch_size": self.settings.global_batch_size,
             "trainable": self.place.settings.trainable,
+            "new_rows": hash_ids(self.new_ids),
+            "objective": self.place.settings.objective,
+            "distillation_layer": self.place.settings.distillation_layer,
             "bf16": self.settings.bf16,
             "reset_attention_mask": self.settings.reset_attention_mask,
             "eod_mask_loss": self.settings.eod_mask_loss,
@@ -113,8 +122,9 @@ def open_inputs(recipe: Recipe, stage_name: str) -> StageInputs:
         seq_length=settings.seq_length,
         padded_vocab_size=description.padded_vocab_size,
     )
+    new_ids = find_new_ids(place.settings, place.initial / HF_FOLDER)
     if place.settings.carry_optimizer:
-        _check_optimizer(initial, place.settings, settings)
+        _check_optimizer(initial, place.settings, settings, new_ids)
     plan = _plan(recipe, place)
     blend = _open_blend(settings, place, plan)
     _check_data(place, blend.sources)
@@ -140,6 +150,8 @@ def open_inputs(recipe: Recipe, stage_name: str) -> StageInputs:
             + [place.run.tokens(language, "valid") for language in valid],
             place.initial / HF_FOLDER,
         ),
+        new_ids=new_ids,
+        distillation=plan_distillation(place.settings, settings, description.shape, place.initial / HF_FOLDER),
     )
 
 
@@ -159,7 +171,9 @@ def _plan(recipe: Recipe, place: StagePlace) -> BlendPlan:
     return plan
 
 
-def _check_optimizer(initial: Path, stage: StageSettings, train: TrainSettings) -> None:
+def _check_optimizer(
+    initial: Path, stage: StageSettings, train: TrainSettings, new_ids: NDArray[np.int64] | None
+) -> None:
     """Refuse to carry an optimizer that is not there, or of another set of parameters."""
     where = f"train.stages {stage.name}: carry_optimizer"
     if not (initial / TRAINING_FILE).is_file():
@@ -167,13 +181,16 @@ def _check_optimizer(initial: Path, stage: StageSettings, train: TrainSettings) 
     saved = read_json(initial / TRAINING_FILE)
     asked = {
         "trainable": stage.trainable,
+        "new_rows": hash_ids(new_ids),
+        "objective": stage.objective,
         "bf16": train.bf16,
         "use_distributed_optimizer": train.use_distributed_optimizer,
     }
     for name, value in asked.items():
-        if saved.get(name) != value:
+        # A run of before a setting existed had its default.
+        if name in saved and saved[name] != value:
             raise CheckpointError(
-                f"{where}: {initial} was trained with {name} {saved.get(name)}, now it is {value}; its optimizer does "
+                f"{where}: {initial} was trained with {name} {saved[name]}, now it is {value}; its optimizer does "
                 "not fit, leave the setting out or train alike"
             )
 

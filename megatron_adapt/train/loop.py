@@ -81,9 +81,12 @@ def train(recipe: Recipe, stage_name: str) -> None:
             seq_length=settings.seq_length,
             bf16=settings.bf16,
         )
-        learning = freeze_rest(model, inputs.place.settings.trainable)
+        stage = inputs.place.settings
+        # Distillation stops before the head, which would learn nothing from it.
+        learning = freeze_rest(model, stage.trainable, head=inputs.distillation is None)
+        trainer = build_trainer(model, settings, stage, inputs.blend.plan.num_steps, inputs.new_ids)
+        learning -= sum(rows.num_values for rows in trainer.frozen_rows)
         _logger.info("stage %s: %s values of this rank learn", stage_name, f"{learning:,}")
-        trainer = build_trainer(model, settings, inputs.place.settings, inputs.blend.plan.num_steps)
         run_stage(trainer, inputs)
 
 
@@ -121,7 +124,14 @@ def run_steps(trainer: Trainer, inputs: StageInputs, first: int, stop: int) -> N
         windows, _, loss_mask = inputs.blend.read_windows((step - 1) * batch, batch)
         if masked_id is not None:
             loss_mask &= mask_eod(windows, masked_id)
-        report = train_step(trainer, windows, settings.micro_batch_size, loss_mask=loss_mask, reset_at=inputs.reset_at)
+        report = train_step(
+            trainer,
+            windows,
+            settings.micro_batch_size,
+            loss_mask=loss_mask,
+            reset_at=inputs.reset_at,
+            distillation=inputs.distillation,
+        )
         _check_finite(report, step)
         validates = step % settings.eval_interval == 0 or step == last
         if step % settings.log_interval == 0 or validates or step == stop:
@@ -172,8 +182,10 @@ def _count_tokens(inputs: StageInputs, step: int) -> dict[str, int]:
 
 
 def _make_row(inputs: StageInputs, step: int, report: StepReport, *, tokens_per_second: float) -> dict[str, Any]:
+    distilled = {"objective": "token_distillation", "positions_left_out": report.num_left_out}
     return {
         "step": step,
+        **(distilled if inputs.distillation is not None else {}),
         "loss": report.loss,
         "grad_norm": report.grad_norm,
         "learning_rate": report.learning_rate,
@@ -190,7 +202,7 @@ def _report(metrics: MetricsWriter | None, row: dict[str, Any], num_steps: int) 
     parts = [f"step {row['step']}/{num_steps}"]
     if "loss" in row:
         parts += [
-            f"loss {row['loss']:.4f}",
+            f"loss {row['loss']:.4f}" if "objective" not in row else f"squared error {row['loss']:.4g}",
             f"lr {row['learning_rate']:.2e}",
             f"grad norm {row['grad_norm']:.2f}",
             f"{row['tokens_per_second']:,.0f} tokens/s",

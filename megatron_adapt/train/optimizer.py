@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from numpy.typing import NDArray
 
 from megatron_adapt.config import StageSettings, TrainSettings
 from megatron_adapt.engine import adam, reshard
 from megatron_adapt.engine.llama import LlamaModel
+from megatron_adapt.engine.trainable import FrozenRows, find_frozen_rows
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,8 @@ class Trainer:
     model: DistributedDataParallel
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
+    frozen_rows: tuple[FrozenRows, ...] = ()
+    "Rows that do not learn, of matrices that do."
 
     @property
     def bare_model(self) -> LlamaModel:
@@ -27,7 +32,13 @@ class Trainer:
         return model
 
 
-def build_trainer(model: LlamaModel, train: TrainSettings, stage: StageSettings, num_steps: int) -> Trainer:
+def build_trainer(
+    model: LlamaModel,
+    train: TrainSettings,
+    stage: StageSettings,
+    num_steps: int,
+    new_ids: NDArray[np.int64] | None = None,
+) -> Trainer:
     """Wrap a frozen-as-wanted model and build its optimizer and schedule.
 
     Args:
@@ -35,7 +46,12 @@ def build_trainer(model: LlamaModel, train: TrainSettings, stage: StageSettings,
         train: settings of the run.
         stage: settings of the stage.
         num_steps: optimizer steps of the stage.
+        new_ids: for ``trainable = "new_rows"``, the ids whose rows learn.
     """
+    frozen_rows: tuple[FrozenRows, ...] = ()
+    if stage.trainable == "new_rows":
+        assert new_ids is not None
+        frozen_rows = find_frozen_rows(model, new_ids)
     adam.install()
     reshard.install()
     buffers = DistributedDataParallelConfig(
@@ -46,7 +62,7 @@ def build_trainer(model: LlamaModel, train: TrainSettings, stage: StageSettings,
         optimizer="adam",
         lr=stage.lr,
         min_lr=stage.min_lr,
-        weight_decay=train.weight_decay,
+        weight_decay=_get_weight_decay(train, stage),
         adam_beta1=train.adam_beta1,
         adam_beta2=train.adam_beta2,
         adam_eps=train.adam_eps,
@@ -56,7 +72,12 @@ def build_trainer(model: LlamaModel, train: TrainSettings, stage: StageSettings,
         use_distributed_optimizer=train.use_distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(config, [wrapped])
-    return Trainer(wrapped, optimizer, _build_schedule(optimizer, train, stage, num_steps))
+    return Trainer(wrapped, optimizer, _build_schedule(optimizer, train, stage, num_steps), frozen_rows)
+
+
+def _get_weight_decay(train: TrainSettings, stage: StageSettings) -> float:
+    """Return the weight decay of a stage: none where some rows of a matrix learn, or it would move the others."""
+    return 0.0 if stage.trainable == "new_rows" else train.weight_decay
 
 
 def _build_schedule(
@@ -72,8 +93,8 @@ def _build_schedule(
         lr_warmup_steps=min(round(stage.lr_warmup_fraction * num_steps), num_steps - 1),
         lr_decay_steps=num_steps,
         lr_decay_style="cosine",
-        start_wd=train.weight_decay,
-        end_wd=train.weight_decay,
+        start_wd=_get_weight_decay(train, stage),
+        end_wd=_get_weight_decay(train, stage),
         wd_incr_steps=num_steps,
         wd_incr_style="constant",
     )

@@ -102,9 +102,10 @@ def load_state(root: Path, trainer: Trainer, training: Mapping[str, Any]) -> int
     folder = find_checkpoint(root)
     saved = read_json(folder / TRAINING_FILE)
     for name, value in to_plain(training).items():
-        if saved.get(name) != value:
+        # A run of before a setting existed had its default.
+        if name in saved and saved[name] != value:
             raise CheckpointError(
-                f"{folder}: saved with {name} {saved.get(name)}, now it is {value}; "
+                f"{folder}: saved with {name} {saved[name]}, now it is {value}; "
                 f"restore the setting or the files, or remove {root} to start the stage again"
             )
     load_trainer(folder, trainer)

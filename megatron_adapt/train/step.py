@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from megatron_adapt.engine.attention import pack_documents
 from megatron_adapt.engine.llama import LlamaModel
 from megatron_adapt.engine.parallel import get_device
+from megatron_adapt.train.distill import Distillation, compare_hidden_states
 from megatron_adapt.train.documents import find_documents
 from megatron_adapt.train.optimizer import Trainer
 
@@ -32,10 +33,12 @@ class StepReport:
     """What one optimizer step did."""
 
     loss: float
-    "Mean loss per token that bears loss, in nats."
+    "Mean loss per token that bears loss: nats, or squared difference of hidden states."
     grad_norm: float
     "Norm of the gradient before clipping."
     learning_rate: float
+    num_left_out: int = 0
+    "Positions without a loss because the teacher of token distillation ends before them."
 
 
 def train_step(
@@ -45,6 +48,7 @@ def train_step(
     *,
     loss_mask: NDArray[np.bool_] | None = None,
     reset_at: int | None = None,
+    distillation: Distillation | None = None,
 ) -> StepReport:
     """Do one optimizer step on a global batch.
 
@@ -54,17 +58,24 @@ def train_step(
         micro_batch_size: windows in one forward pass.
         loss_mask: [global batch, T], False where a target bears no loss; None where all do.
         reset_at: end-of-document id behind which attention starts anew; None where it spans documents.
+        distillation: compare hidden states with those of the old pieces; None predicts the next token.
     """
     trainer.model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     if loss_mask is None:
         loss_mask = np.ones_like(windows[:, 1:], dtype=bool)
     forward = partial(_forward_step, None, reset_at)
+    if distillation is not None:
+        forward = partial(_forward_distillation, distillation, reset_at)
     sums = _run_schedule(trainer.model, forward, windows, loss_mask, micro_batch_size, learn=True)
     trainer.schedule.step(increment=1)
+    for rows in trainer.frozen_rows:
+        rows.zero_gradient()
     _, grad_norm, _ = trainer.optimizer.step()
     learning_rate = next((group["lr"] for group in trainer.optimizer.param_groups), 0.0)
-    return StepReport(float(sums[0] / sums[1]), float(grad_norm or 0.0), learning_rate)
+    # A batch without a new token has nothing to distil.
+    num_tokens = sums[1] if distillation is None else sums[1].clamp(min=1)
+    return StepReport(float(sums[0] / num_tokens), float(grad_norm or 0.0), learning_rate, int(sums[2]))
 
 
 def measure_bits_per_byte(
@@ -108,7 +119,11 @@ def _run_schedule(
     *,
     learn: bool,
 ) -> torch.Tensor:
-    """Send all micro-batches of this rank through the pipeline; return [sum of losses, sum of weights] of the job."""
+    """Send all micro-batches of this rank through the pipeline.
+
+    Returns:
+        Sums over the job: losses, weights, positions left out.
+    """
     own = _take_data_parallel_part(windows, micro_batch_size)
     own_mask = _take_data_parallel_part(loss_mask, micro_batch_size)
     reports = get_forward_backward_func()(
@@ -120,7 +135,7 @@ def _run_schedule(
         micro_batch_size=micro_batch_size,
         forward_only=not learn,
     )
-    sums = torch.zeros(2, dtype=torch.float64, device=get_device())
+    sums = torch.zeros(3, dtype=torch.float64, device=get_device())
     for report in reports:  # only the last pipeline stage has any
         sums += report["sums"]
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
@@ -160,9 +175,24 @@ def _forward_step(
     return output, partial(_sum_loss, weights_BT)
 
 
-def _sum_loss(weights_BT: torch.Tensor, loss_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+def _forward_distillation(
+    distillation: Distillation,
+    reset_at: int | None,
+    batches: Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]],
+    model: Any,
+) -> tuple[torch.Tensor, Any]:
+    windows, loss_mask = next(batches)
+    ids_BT = np.ascontiguousarray(windows[:, :-1])
+    loss_BT, counts_BT, is_left_out_BT = compare_hidden_states(distillation, model.module, ids_BT, reset_at)
+    weights_BT = torch.from_numpy(loss_mask & counts_BT).to(loss_BT.device).float()
+    return loss_BT, partial(_sum_loss, weights_BT, num_left_out=int((loss_mask & is_left_out_BT).sum()))
+
+
+def _sum_loss(
+    weights_BT: torch.Tensor, loss_BT: torch.Tensor, *, num_left_out: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     counted_BT = weights_BT > 0
     loss = (loss_BT * counted_BT).sum()
     # The engine divides the loss tensor in place later on, so the report must not share its memory.
-    sums = torch.stack([loss.detach().double(), weights_BT.sum().double()])
+    sums = torch.stack([loss.detach().double(), weights_BT.sum().double(), loss.new_tensor(num_left_out).double()])
     return loss, counted_BT.sum().int(), {"sums": sums}

@@ -117,8 +117,9 @@ def test_a_config_that_is_silent_about_the_type_stays_so():
     assert change_config({"vocab_size": 10}, vocab_size=12, dtype="bfloat16") == {"vocab_size": 12}
 
 
-def test_generation_config_and_chat_template_travel(tmp_path, tokenizer):
+def test_generation_config_chat_template_and_map_of_new_tokens_travel(tmp_path, tokenizer):
     (tokenizer.folder / "chat_template.jinja").write_text("{{ messages }}")
+    (tokenizer.folder / "added_pieces.json").write_text("{}")
     source = tmp_path / "source"
     source.mkdir()
     (source / "generation_config.json").write_text('{"top_p": 0.9}')
@@ -127,4 +128,5 @@ def test_generation_config_and_chat_template_travel(tmp_path, tokenizer):
     assert json.loads((target / "config.json").read_text()) == {"a": 1}
     assert (target / "generation_config.json").read_text() == '{"top_p": 0.9}'
     assert (target / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (target / "added_pieces.json").read_text() == "{}"
     assert read_tokenizer(target).fingerprint == tokenizer.fingerprint
