@@ -9,10 +9,10 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import field, fields, is_dataclass, make_dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -94,6 +94,33 @@ def load_recipe(argv: Sequence[str] | None = None, *, stage: bool = False) -> tu
         if default is None:
             return tyro.cli(Recipe, args=args, description=description, config=config), name or ""
         return tyro.cli(Recipe, default=default, args=args, description=description, config=config), name or ""
+    except AdaptError as error:
+        _exit(error)
+
+
+def load_recipe_with(kind: type[ConfigT], argv: Sequence[str] | None = None) -> tuple[Recipe, ConfigT]:
+    """Build a ``Recipe`` and the config of a tool that reads one: flags that are fields of ``kind`` go to the config.
+
+    Args:
+        kind: dataclass of the tool; none of its fields is named like one of ``Recipe``.
+        argv: the command line without the program's name; None takes that of the process.
+
+    Raises:
+        SystemExit: as ``load_config``; also without ``--recipe``.
+    """
+    _prepare_process()
+    path, args = _take_flag(list(sys.argv[1:] if argv is None else argv), "--recipe")
+    try:
+        if path is None and not {"-h", "--help"} & set(args):
+            raise ConfigError("--recipe: missing; name a recipe such as examples/quickstart/recipe.toml")
+        recipe: Any = Annotated[Recipe, tyro.conf.arg(name="")]
+        default: Any = field(default=read_recipe(Path(path))) if path else field()
+        parts: list[Any] = [("tool", Annotated[kind, tyro.conf.arg(name="")]), ("recipe", recipe, default)]
+        both = make_dataclass("both", parts, kw_only=True)
+        description = f"{kind.__doc__} Flags: --recipe FILE, those of the tool, and any setting of the recipe."
+        config = (tyro.conf.AvoidSubcommands,)
+        found: Any = tyro.cli(both, args=args, description=description, config=config)
+        return found.recipe, found.tool
     except AdaptError as error:
         _exit(error)
 

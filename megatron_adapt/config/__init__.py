@@ -7,6 +7,7 @@ Single values are checked here; checks against data live where the data is read.
 """
 
 from megatron_adapt.config.base import BaseSettings, CreateBase
+from megatron_adapt.config.calibration import CalibrationSettings, MakeCalibration
 from megatron_adapt.config.checkpoint import (
     AverageCheckpoints,
     CheckpointSettings,
@@ -18,8 +19,11 @@ from megatron_adapt.config.checkpoint import (
 )
 from megatron_adapt.config.corpus import CorpusSettings, ParallelSettings, PrepareCorpus, PrepareParallel
 from megatron_adapt.config.data import DataSettings, PreprocessData
+from megatron_adapt.config.diagnose import DiagnoseVocab
 from megatron_adapt.config.evaluate import Evaluate, EvaluateSettings
 from megatron_adapt.config.inspect import CheckTokens, DescribeTokens, MergeTokens, ShowTokens, TraceStep
+from megatron_adapt.config.plan_run import PlanRun
+from megatron_adapt.config.propagate import PropagateEmbeddings, PropagateSettings
 from megatron_adapt.config.tokenizer import BuildTokenizer, MeasureTokenizer, SweepSettings, TokenizerSettings
 from megatron_adapt.config.train import StageSettings, TrainSettings
 from megatron_adapt.config.vocab import ResizeVocab, VocabSettings
@@ -28,6 +32,7 @@ __all__ = [
     "AverageCheckpoints",
     "BaseSettings",
     "BuildTokenizer",
+    "CalibrationSettings",
     "CheckTokens",
     "CheckpointSettings",
     "ConvertCheckpoint",
@@ -35,16 +40,21 @@ __all__ = [
     "CreateBase",
     "DataSettings",
     "DescribeTokens",
+    "DiagnoseVocab",
     "Evaluate",
     "EvaluateSettings",
     "ExpandBlocks",
     "InspectCheckpoint",
+    "MakeCalibration",
     "MeasureTokenizer",
     "MergeTokens",
     "ParallelSettings",
+    "PlanRun",
     "PrepareCorpus",
     "PrepareParallel",
     "PreprocessData",
+    "PropagateEmbeddings",
+    "PropagateSettings",
     "ReleaseModel",
     "ResizeVocab",
     "ShowTokens",

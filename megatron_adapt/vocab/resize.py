@@ -45,7 +45,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _MatrixRows:
+class MatrixRows:
     """``BaseRows`` of a matrix in a Hugging Face folder."""
 
     source: HFFolder
@@ -54,15 +54,19 @@ class _MatrixRows:
 
     @property
     def is_head(self) -> bool:
+        """Whether this is an output head of its own."""
         return self.name == HEAD
 
     def read(self, start: int, stop: int) -> torch.Tensor:
+        """Return the rows [start, stop): [stop - start, H]."""
         return self.source.read_rows(self.name, start, stop)
 
     def gather(self, ids: Sequence[int]) -> torch.Tensor:
+        """Return the rows of ``ids``, in that order: [len(ids), H]."""
         return self.source.gather_rows(self.name, ids)
 
     def mean(self) -> torch.Tensor:
+        """Return the mean of all rows that are finite: [H], fp64."""
         return self.source.read_mean_row(self.name, self.num_rows)
 
 
@@ -140,7 +144,7 @@ def _write_weights(
     with HFWriter(progress.folder, specs) as writer:
 
         def write_matrix(name: str) -> None:
-            _write_matrix(_MatrixRows(source, name, id_map.base_vocab_size), writer, specs[name], id_map, fill)
+            _write_matrix(MatrixRows(source, name, id_map.base_vocab_size), writer, specs[name], id_map, fill)
 
         def copy_rows(part: Part, buffer: torch.Tensor) -> int:
             start = part.offsets[0]
@@ -160,7 +164,7 @@ def _write_weights(
         )
 
 
-def _write_matrix(base: _MatrixRows, writer: HFWriter, spec: TensorSpec, id_map: IdMap, fill: Fill) -> None:
+def _write_matrix(base: MatrixRows, writer: HFWriter, spec: TensorSpec, id_map: IdMap, fill: Fill) -> None:
     """Copy the rows of the tokens that stay, in runs of neighbours, and fill those of the others."""
     for start, stop in list_row_blocks(spec):
         for new, old, count in list_runs(id_map, start, stop):

@@ -20,6 +20,7 @@ SIZES = {
     "blend": ("--quick", "--size", "20000"),
     "merges": ("--size", "0.2", "--pieces", "100"),
     "fill": ("--quick", "--size", "16"),
+    "propagate": ("--quick", "--size", "16"),
     "convert": ("--size", "0.004"),
     "preprocess": ("--size", "0.1", "--workers", "1", "--rounds", "1"),  # a round starts seven processes
     "text_loops": ("--size", "0.1"),
@@ -34,6 +35,7 @@ KEYS = {
     "preprocess": {"mb", "real_text", "workers", "paths", "cases"},
     "text_loops": {"mb", "real_text", "cases"},
     "fill": {"columns", "cases"},
+    "propagate": {"columns", "cases"},
 }  # fmt: skip
 CASE_KEYS = {
     "attention": {
@@ -48,6 +50,7 @@ CASE_KEYS = {
     "preprocess": {"case", "time_ratio"},
     "text_loops": {"case", "mb_per_second", "time_ratio"},
     "fill": {"case", "seconds", "time_ratio", "extra_mib"},
+    "propagate": {"case", "seconds", "time_ratio", "extra_mib", "peak_mib"},
 }  # fmt: skip
 
 
@@ -76,6 +79,7 @@ def test_every_benchmark_is_tested():
         pytest.param("blend", marks=pytest.mark.slow),
         "merges",
         pytest.param("fill", marks=pytest.mark.slow),
+        pytest.param("propagate", marks=pytest.mark.slow),
         pytest.param("convert", marks=pytest.mark.slow),
         pytest.param("preprocess", marks=pytest.mark.slow),
         "text_loops",
