@@ -95,10 +95,19 @@ class StagePlace:
 # Settings of the launch, not of the result; the layout changes a loss in its last digits only.
 _WITHOUT_EFFECT = (
     "stages nproc_per_node tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel micro_batch_size "
-    "use_distributed_optimizer log_interval save_interval eval_interval eval_windows stop_after_steps continue_blend"
+    "use_distributed_optimizer log_interval save_interval eval_interval eval_windows stop_after_steps continue_blend "
+    "exit_duration_in_mins"
 ).split()
 # Settings that are newer than the first records: left out at their default, so that those still hold.
-_LATER_DEFAULTS = {"objective": "language_modeling", "distillation_layer": -1}
+_LATER_DEFAULTS = {
+    "objective": "language_modeling",
+    "distillation_layer": -1,
+    "lr_decay_style": "cosine",
+    "lr_wsd_decay_fraction": 0.1,
+    "lr_wsd_decay_style": "exponential",
+    "lr_cooldown_fraction": 0.1,
+    "lr_constant": 0.0,
+}
 
 
 def describe_training(stage: StageSettings, train: TrainSettings) -> dict[str, Any]:

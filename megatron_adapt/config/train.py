@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from megatron_adapt.config.names import get_language
@@ -45,9 +45,20 @@ class StageSettings:
     lr: float = 1e-4
     "Peak learning rate."
     min_lr: float = 0.0
-    "Learning rate of the last step, where the cosine ends."
+    "Learning rate of the last step, where the decay ends."
     lr_warmup_fraction: float = 0.01
     "Share of the stage's steps over which the learning rate rises linearly."
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD", "infinite"] = "cosine"
+    """What follows the warm-up. cosine, linear: down to min_lr. constant: no decay. WSD: constant, then down to min_lr.
+    infinite: down to lr_constant, constant, then down to min_lr (Ibrahim et al. 2024)."""
+    lr_wsd_decay_fraction: float = 0.1
+    "Share of the stage's steps, its last ones, over which WSD and infinite fall to min_lr."
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
+    "How WSD falls; infinite falls exponentially."
+    lr_cooldown_fraction: float = 0.1
+    "Share of the stage's steps over which infinite falls from lr to lr_constant."
+    lr_constant: float = 0.0
+    "Learning rate that infinite keeps."
 
     def __post_init__(self) -> None:
         where = f"train.stages {self.name}"
@@ -57,13 +68,10 @@ class StageSettings:
         _check_ratio(where, "blend", self.blend, "language")
         self._check_sources(where)
         self._check_objective(where)
+        self._check_schedule(where)
         require(
             self.lr > self.min_lr >= 0,
             f"{where}: lr {self.lr} and min_lr {self.min_lr} must fall and be >= 0",
-        )
-        require(
-            0 <= self.lr_warmup_fraction < 1,
-            f"{where}: lr_warmup_fraction {self.lr_warmup_fraction} is not between 0 and 1",
         )
 
     def _check_objective(self, where: str) -> None:
@@ -81,6 +89,38 @@ class StageSettings:
         require(
             self.distillation_layer == -1 or self.distillation_layer >= 1,
             f"{where}: distillation_layer {self.distillation_layer} is no layer; use 1 or more, or -1 for the last",
+        )
+
+    def _check_schedule(self, where: str) -> None:
+        """Refuse shares that do not fit into a stage, and settings that have no effect."""
+        style = self.lr_decay_style
+        read_by = {
+            "lr_wsd_decay_fraction": ("WSD", "infinite"),
+            "lr_wsd_decay_style": ("WSD",),
+            "lr_cooldown_fraction": ("infinite",),
+            "lr_constant": ("infinite",),
+            "min_lr": ("cosine", "linear", "WSD", "infinite"),
+        }
+        for item in fields(self):
+            styles, value = read_by.get(item.name, (style,)), getattr(self, item.name)
+            require(
+                value == item.default or style in styles,
+                f"{where}: {item.name} {value} has no effect with lr_decay_style {style}; leave it out, or use "
+                f"{' or '.join(styles)}",
+            )
+        if style == "infinite":
+            require(
+                self.lr > self.lr_constant > self.min_lr > 0,
+                f"{where}: lr {self.lr}, lr_constant {self.lr_constant} and min_lr {self.min_lr} must fall and be > 0",
+            )
+        shares = {"lr_warmup_fraction": self.lr_warmup_fraction}
+        shares |= {"lr_wsd_decay_fraction": self.lr_wsd_decay_fraction} if style in ("WSD", "infinite") else {}
+        shares |= {"lr_cooldown_fraction": self.lr_cooldown_fraction} if style == "infinite" else {}
+        for name, share in shares.items():
+            require(0 <= share < 1, f"{where}: {name} {share} is not between 0 and 1")
+        require(
+            sum(shares.values()) <= 1,
+            f"{where}: {' + '.join(shares)} is {sum(shares.values()):g}; use at most 1 in all",
         )
 
     def _check_sources(self, where: str) -> None:
@@ -176,6 +216,8 @@ class TrainSettings:
     "Validation windows per language, always the same ones."
     stop_after_steps: int = 0
     "Save and stop cleanly after this many steps of this launch; 0 runs to the end of the stage."
+    exit_duration_in_mins: float = 0.0
+    "Save and stop cleanly after the step in which a launch has trained this long; 0 is no limit."
     eod_mask_loss: bool = False
     "Leave the first token of a document out of the loss where it is predicted from the document before."
 
@@ -190,6 +232,7 @@ class TrainSettings:
             self.adam_eps > 0,
             f"train.adam_eps: {self.adam_eps} is not positive, and what has no gradient is divided by it; use 1e-8",
         )
-        require(self.stop_after_steps >= 0, f"train.stop_after_steps: {self.stop_after_steps} is below 0")
+        for name in ("stop_after_steps", "exit_duration_in_mins"):
+            require(getattr(self, name) >= 0, f"train.{name}: {getattr(self, name)} is below 0")
         names = [stage.name for stage in self.stages]
         require(len(set(names)) == len(names), f"train.stages: a name occurs twice in {names}; rename one")

@@ -42,6 +42,7 @@ from megatron_adapt.train.inputs import StageInputs, open_inputs
 from megatron_adapt.train.optimizer import Trainer, build_trainer
 from megatron_adapt.train.state import load_state, load_trainer, save_state
 from megatron_adapt.train.step import StepReport, measure_bits_per_byte, train_step
+from megatron_adapt.train.stop import StopRequest
 
 _logger = logging.getLogger(__name__)
 
@@ -104,14 +105,19 @@ def run_stage(trainer: Trainer, inputs: StageInputs) -> None:
         shutil.copytree(inputs.hf, inputs.root / HF_FOLDER, dirs_exist_ok=True)
         write_plan(inputs.place.run.plan(inputs.place.settings.name), plan)
     stop = min(plan.num_steps, first + (settings.stop_after_steps or plan.num_steps))
-    run_steps(trainer, inputs, first, stop)
-    if is_main_rank() and stop == plan.num_steps:
+    with StopRequest(settings.exit_duration_in_mins) as request:
+        done = run_steps(trainer, inputs, first, stop, request)
+    if is_main_rank() and done == plan.num_steps:
         counts = {"steps": plan.num_steps, "tokens": _count_tokens(inputs, plan.num_steps)}
         write_stage(inputs.root / STAGE_FILE, config=inputs.config, inputs=inputs.read_paths, counts=counts)
 
 
-def run_steps(trainer: Trainer, inputs: StageInputs, first: int, stop: int) -> None:
-    """Do the optimizer steps after ``first`` up to ``stop``; log, validate and save on the way."""
+def run_steps(trainer: Trainer, inputs: StageInputs, first: int, stop: int, request: StopRequest) -> int:
+    """Do the optimizer steps after ``first`` up to ``stop``; log, validate and save on the way.
+
+    Returns:
+        The last step that was done and saved: ``stop``, or an earlier one where ``request`` found a reason.
+    """
     settings, batch, last = inputs.settings, inputs.settings.global_batch_size, inputs.blend.plan.num_steps
     # Step 0 is measured again when a run starts over.
     metrics = MetricsWriter(inputs.root / "metrics.jsonl", first or -1) if is_main_rank() else None
@@ -133,6 +139,10 @@ def run_steps(trainer: Trainer, inputs: StageInputs, first: int, stop: int) -> N
             distillation=inputs.distillation,
         )
         _check_finite(report, step)
+        reason = request.find_reason()
+        if reason and step < stop:
+            _logger.info("stopping after step %d: %s; the same call goes on", step, reason)
+            stop = step
         validates = step % settings.eval_interval == 0 or step == last
         if step % settings.log_interval == 0 or validates or step == stop:
             rate = (step - clock_step) * batch * settings.seq_length / (time.perf_counter() - clock)
@@ -145,6 +155,9 @@ def run_steps(trainer: Trainer, inputs: StageInputs, first: int, stop: int) -> N
             fingerprints = {name: source.fingerprint for name, source in inputs.blend.sources.items()}
             position = BlendPosition(inputs.blend.plan, _count_windows(inputs, step), fingerprints)
             save_state(inputs.root, trainer, replace(description, step=step), inputs.training, position)
+        if step == stop:
+            break
+    return stop
 
 
 def _check_finite(report: StepReport, step: int) -> None:

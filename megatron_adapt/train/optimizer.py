@@ -13,6 +13,7 @@ from megatron_adapt.config import StageSettings, TrainSettings
 from megatron_adapt.engine import adam, reshard
 from megatron_adapt.engine.llama import LlamaModel
 from megatron_adapt.engine.trainable import FrozenRows, find_frozen_rows
+from megatron_adapt.train.schedule import build_schedule
 
 
 @dataclass(frozen=True)
@@ -72,29 +73,9 @@ def build_trainer(
         use_distributed_optimizer=train.use_distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(config, [wrapped])
-    return Trainer(wrapped, optimizer, _build_schedule(optimizer, train, stage, num_steps), frozen_rows)
+    return Trainer(wrapped, optimizer, build_schedule(optimizer, stage, num_steps, config.weight_decay), frozen_rows)
 
 
 def _get_weight_decay(train: TrainSettings, stage: StageSettings) -> float:
     """Return the weight decay of a stage: none where some rows of a matrix learn, or it would move the others."""
     return 0.0 if stage.trainable == "new_rows" else train.weight_decay
-
-
-def _build_schedule(
-    optimizer: MegatronOptimizer, train: TrainSettings, stage: StageSettings, num_steps: int
-) -> OptimizerParamScheduler:
-    """Cosine with linear warm-up, counted in optimizer steps."""
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=stage.lr,
-        min_lr=stage.min_lr,
-        # The engine wants the decay to end behind the warm-up, also in a stage of one step.
-        lr_warmup_steps=min(round(stage.lr_warmup_fraction * num_steps), num_steps - 1),
-        lr_decay_steps=num_steps,
-        lr_decay_style="cosine",
-        start_wd=_get_weight_decay(train, stage),
-        end_wd=_get_weight_decay(train, stage),
-        wd_incr_steps=num_steps,
-        wd_incr_style="constant",
-    )

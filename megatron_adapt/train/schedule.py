@@ -1,0 +1,75 @@
+"""Learning rate of a stage, counted in optimizer steps: megatron-core's schedules, and one that it lacks.
+
+Every stage warms up from 0 (re-warming, Ibrahim et al. 2024, arXiv 2403.08763). Then, by ``lr_decay_style``:
+
+- ``cosine``, ``linear``: down to ``min_lr`` at the last step. ``constant``: no decay.
+- ``WSD``: constant, and over the last ``lr_wsd_decay_fraction`` of the steps down to ``min_lr`` by
+  ``lr_wsd_decay_style``.
+- ``infinite`` (the same paper, section 4.3): over ``lr_cooldown_fraction`` of the steps a cosine down to
+  ``lr_constant``, then constant - here data may be added or exchanged without warming up again - and over the last
+  ``lr_wsd_decay_fraction`` exponentially down to ``min_lr``.
+"""
+
+import math
+from typing import Any
+
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_adapt.config import StageSettings
+
+
+class InfiniteSchedule(OptimizerParamScheduler):  # type: ignore[misc]
+    """Warm-up, cool-down, a constant that may go on for ever, and an annealing before a release."""
+
+    def __init__(self, *args: Any, stage: StageSettings, **kwargs: Any) -> None:
+        """As the engine's; the shares are those of the stage."""
+        self._stage = stage
+        super().__init__(*args, **kwargs)
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        """Return the learning rate of the step."""
+        peak, last = float(param_group["max_lr"]), float(param_group["min_lr"])
+        constant, done = self._stage.lr_constant, int(self.num_steps - self.lr_warmup_steps)
+        if done <= 0:
+            return float(peak * self.num_steps / max(1, self.lr_warmup_steps))
+        cooldown = max(1, round(self._stage.lr_cooldown_fraction * self.lr_decay_steps))
+        if done < cooldown:
+            return constant + (peak - constant) * 0.5 * (1 + math.cos(math.pi * done / cooldown))
+        annealing = round(self._stage.lr_wsd_decay_fraction * self.lr_decay_steps)
+        left = self.lr_decay_steps - self.num_steps
+        if left >= annealing:
+            return constant
+        return float(constant * (last / constant) ** (1 - max(0, left) / annealing))
+
+
+def build_schedule(
+    optimizer: MegatronOptimizer, stage: StageSettings, num_steps: int, weight_decay: float
+) -> OptimizerParamScheduler:
+    """Return the schedule of a stage.
+
+    Args:
+        optimizer: whose groups it sets.
+        stage: settings of the stage.
+        num_steps: optimizer steps of the stage.
+        weight_decay: the same for all steps.
+    """
+    settings: dict[str, Any] = {
+        "init_lr": 0.0,
+        "max_lr": stage.lr,
+        "min_lr": stage.min_lr,
+        # The engine wants the decay to end behind the warm-up, also in a stage of one step.
+        "lr_warmup_steps": min(round(stage.lr_warmup_fraction * num_steps), num_steps - 1),
+        "lr_decay_steps": num_steps,
+        "lr_decay_style": stage.lr_decay_style,
+        "start_wd": weight_decay,
+        "end_wd": weight_decay,
+        "wd_incr_steps": num_steps,
+        "wd_incr_style": "constant",
+    }
+    if stage.lr_decay_style == "infinite":
+        return InfiniteSchedule(optimizer, stage=stage, **settings)
+    if stage.lr_decay_style == "WSD":
+        settings["wsd_decay_steps"] = max(1, round(stage.lr_wsd_decay_fraction * num_steps))
+        settings["lr_wsd_decay_style"] = stage.lr_wsd_decay_style
+    return OptimizerParamScheduler(optimizer, **settings)
