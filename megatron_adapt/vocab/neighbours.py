@@ -11,7 +11,8 @@
 Guarantees: exact for the cosines as computed; of equal ones the lowest anchor comes first; vectors of whole numbers
 give the same result in any division into blocks.
 Costs: the product, and on top, in time of one core at 300 columns and 128,000 anchors, 5 % for the 10 nearest and 13 %
-for sparsemax (``benchmarks/fill.py``); memory of a block (32 MiB) and of the candidates of 1024 queries, 16 bytes each. Vectors that all look alike make every anchor a candidate of sparsemax.
+for sparsemax (``benchmarks/fill.py``); memory of a block (32 MiB) and of the candidates of 1024 queries, 16 bytes each.
+Vectors that all look alike make every anchor a candidate of sparsemax.
 Sources: sparsemax and its threshold by Martins and Astudillo 2016 (arXiv 1602.02068), found by dropping what lies below
 the threshold of the rest until nothing does (Michelot 1986).
 """
