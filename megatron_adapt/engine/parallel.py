@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megatron_adapt.config import TrainSettings
 from megatron_adapt.engine import cpu
 
 _TIMEOUT = timedelta(minutes=10)
@@ -28,6 +29,15 @@ class Layout:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     sequence_parallel: bool = False
+
+    @classmethod
+    def of(cls, train: TrainSettings) -> "Layout":
+        """Return the layout of the settings of a run."""
+        return cls(
+            tensor_model_parallel_size=train.tensor_model_parallel_size,
+            pipeline_model_parallel_size=train.pipeline_model_parallel_size,
+            sequence_parallel=train.sequence_parallel,
+        )
 
     @property
     def model_parallel_size(self) -> int:

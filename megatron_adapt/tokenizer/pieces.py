@@ -251,6 +251,11 @@ def to_byte_piece(byte: int) -> str:
     return f"<0x{byte:02X}>"
 
 
+def list_byte_pieces(tokenizer: LoadedTokenizer) -> frozenset[str]:
+    """Return the pieces that SentencePiece writes single bytes by; a byte-level tokenizer has none."""
+    return frozenset(map(to_byte_piece, range(256))) if tokenizer.kind == "sentencepiece" else frozenset()
+
+
 @cache
 def byte_letters() -> dict[int, str]:
     """Return the letter of every byte: itself where it prints, else one from U+0100 on (as GPT-2 does)."""

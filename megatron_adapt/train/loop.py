@@ -61,11 +61,7 @@ def train(recipe: Recipe, stage_name: str) -> None:
         _logger.info("stage %s: finished before", stage_name)
         return
     settings, description = recipe.train, inputs.description
-    layout = Layout(
-        tensor_model_parallel_size=settings.tensor_model_parallel_size,
-        pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
-        sequence_parallel=settings.sequence_parallel,
-    )
+    layout = Layout.of(settings)
     check_launch(
         num_ranks=int(os.environ.get("WORLD_SIZE", "1")),
         tensor_model_parallel_size=layout.tensor_model_parallel_size,

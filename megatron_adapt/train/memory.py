@@ -114,11 +114,7 @@ class Job:
     @property
     def layout(self) -> Layout:
         """The parallel layout of the settings."""
-        return Layout(
-            tensor_model_parallel_size=self.train.tensor_model_parallel_size,
-            pipeline_model_parallel_size=self.train.pipeline_model_parallel_size,
-            sequence_parallel=self.train.sequence_parallel,
-        )
+        return Layout.of(self.train)
 
     @property
     def num_copies(self) -> int:

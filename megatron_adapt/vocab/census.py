@@ -21,7 +21,7 @@ from megatron_adapt.errors import CheckpointError
 from megatron_adapt.scripts import make_script_class
 from megatron_adapt.tokenizer.figures import take_batches
 from megatron_adapt.tokenizer.id_map import IdMap, map_ids
-from megatron_adapt.tokenizer.pieces import LoadedTokenizer, piece_bytes, to_byte_piece
+from megatron_adapt.tokenizer.pieces import LoadedTokenizer, list_byte_pieces, piece_bytes
 
 Ids = npt.NDArray[np.int64]
 # Where a character belongs to several, the first counts.
@@ -94,11 +94,11 @@ def classify_tokens(tokenizer: LoadedTokenizer) -> list[str]:
     ``special`` stands for a token without text, ``bytes`` for one that is a byte or no whole characters, ``no letters``
     for digits, signs and spaces, ``other`` for letters of a script not listed here.
     """
-    is_byte = {to_byte_piece(byte) for byte in range(256)} if tokenizer.kind == "sentencepiece" else set()
+    byte_pieces = list_byte_pieces(tokenizer)
     found = []
     for index, data in enumerate(piece_bytes(tokenizer)):
         try:
-            is_bytes = tokenizer.tokenizer.id_to_token(index) in is_byte
+            is_bytes = tokenizer.tokenizer.id_to_token(index) in byte_pieces
             found.append("bytes" if is_bytes else _classify_text(data.decode()) if data else "special")
         except UnicodeDecodeError:
             found.append("bytes")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from megatron_adapt.vocab.donor import find_overlap
+from megatron_adapt.vocab.norms import scale_to_unit
 from megatron_adapt.vocab.rows import CHUNK_ROWS, BaseRows, Fill, FillSources
 
 _NEW_ROWS = 4 * CHUNK_ROWS
@@ -59,24 +60,17 @@ def average_by_cosine(
     Returns:
         Rows [N, H] in fp32; zeros where no cosine is positive.
     """
-    units_ND = scale_to_unit(targets_ND)
+    units_ND = scale_to_unit(targets_ND.float())
     totals_N = torch.zeros(len(units_ND))
     sums_NH = torch.zeros(0)
     for start in range(0, num_anchors, CHUNK_ROWS):
         theirs_CD, rows_CH = read(slice(start, start + CHUNK_ROWS))
-        weights_NC = (units_ND @ scale_to_unit(theirs_CD).T).clamp_(min=0)
+        weights_NC = (units_ND @ scale_to_unit(theirs_CD.float()).T).clamp_(min=0)
         totals_N += weights_NC.sum(1)
         if not start:
             sums_NH = torch.zeros(len(units_ND), rows_CH.shape[1])
         sums_NH.addmm_(weights_NC, rows_CH.float())
     return sums_NH.div_(totals_N.masked_fill_(totals_N == 0, 1)[:, None])
-
-
-def scale_to_unit(rows_ND: torch.Tensor) -> torch.Tensor:
-    """Return rows in fp32, scaled to length 1; zeros stay."""
-    norms_N = torch.linalg.vector_norm(rows_ND, dim=1, dtype=torch.float64)
-    units_ND: torch.Tensor = rows_ND.float() / norms_N.masked_fill_(norms_N == 0, 1).float()[:, None]
-    return units_ND
 
 
 def count_clp_bytes(width: int) -> int:

@@ -20,7 +20,7 @@ import torch
 from megatron_adapt.checkpoint.hf import HFFolder
 from megatron_adapt.checkpoint.layout import EMBEDDING, HEAD
 from megatron_adapt.errors import CheckpointError
-from megatron_adapt.tokenizer.pieces import LoadedTokenizer, piece_bytes, read_tokenizer, to_byte_piece
+from megatron_adapt.tokenizer.pieces import LoadedTokenizer, list_byte_pieces, piece_bytes, read_tokenizer
 from megatron_adapt.vocab.rows import CHUNK_ROWS, BaseRows, FillSources, name_matrix
 
 Surface = tuple[bool, str]
@@ -83,10 +83,10 @@ def read_donor(folder: Path) -> Donor:
 
 def list_surfaces(tokenizer: LoadedTokenizer) -> dict[Surface, int]:
     """Return the surface forms of a tokenizer with their ids, the lowest where several share one."""
-    is_byte = {to_byte_piece(byte) for byte in range(256)} if tokenizer.kind == "sentencepiece" else set()
+    byte_pieces = list_byte_pieces(tokenizer)
     found: dict[Surface, int] = {}
     for index, data in enumerate(piece_bytes(tokenizer)):
-        if not data or tokenizer.tokenizer.id_to_token(index) in is_byte:
+        if not data or tokenizer.tokenizer.id_to_token(index) in byte_pieces:
             continue
         try:
             text = data.decode()
@@ -129,6 +129,15 @@ class Overlap:
                 "infinity; mend the model, or use --method subtoken_mean"
             )
         return self.donor.gather(theirs, base.is_head), rows_NH
+
+    def read_anchors(self, base: BaseRows) -> Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]:
+        """Return what reads anchors as ``gather_anchors`` does, in fp64, for a fit (``linear.fit_map``)."""
+
+        def read(numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+            theirs_ND, rows_NH = self.gather_anchors(base, numbers)
+            return theirs_ND.double(), rows_NH.double()
+
+        return read
 
     def fill_found(
         self, base: BaseRows, compute: Callable[[torch.Tensor], torch.Tensor], num_rows: int = CHUNK_ROWS

@@ -1,24 +1,19 @@
 """How far a donor's rows explain the base's: the tokens both have, and a linear map judged on some of them.
 
 1. ``donor.find_overlap`` compares tokens by their surface form; ``describe_overlap`` counts them;
-2. ``judge_map`` holds a tenth of the shared tokens out, at most 1024, fits ``linear.fit_map`` on the others and
+2. ``judge_map`` holds shared tokens out (``linear.hold_out``), fits ``linear.fit_map`` on the others and
    compares the mapped rows of the held-out ones with the base's.
 """
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from megatron_adapt.config import VocabSettings
 from megatron_adapt.vocab.census import Census, Ids
 from megatron_adapt.vocab.donor import Overlap, find_overlap, list_surfaces
-from megatron_adapt.vocab.geometry import normalise_rows
-from megatron_adapt.vocab.linear import fit_map
+from megatron_adapt.vocab.linear import fit_map, hold_out
+from megatron_adapt.vocab.norms import scale_to_unit
 from megatron_adapt.vocab.rows import BaseRows, FillSources, name_matrix
-
-_HELD_SHARE, _MAX_HELD = 10, 1024
 
 
 def open_donor(folder: Path, census: Census) -> Overlap:
@@ -61,14 +56,8 @@ def judge_map(overlap: Overlap, base: BaseRows) -> dict[str, Any]:
         CheckpointError: a shared row is not finite.
     """
     seed = VocabSettings().seed
-    order = np.random.default_rng(seed).permutation(overlap.num_anchors)
-    num_held = min(-(-overlap.num_anchors // _HELD_SHARE), _MAX_HELD)
-    held, rest = np.sort(order[:num_held]), np.sort(order[num_held:])
-
-    def read(numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        theirs_ND, rows_NH = overlap.gather_anchors(base, numbers)
-        return theirs_ND.double(), rows_NH.double()
-
+    held, rest = hold_out(overlap.num_anchors, seed)
+    read = overlap.read_anchors(base)
     where = f"{name_matrix(base)} from {overlap.donor.source.folder}, a tenth held out"
     linear = fit_map(lambda numbers: read(rest[numbers]), len(rest), estimator="auto", seed=seed, where=where)
     theirs_ND, rows_NH = read(held)
@@ -79,5 +68,5 @@ def judge_map(overlap: Overlap, base: BaseRows) -> dict[str, Any]:
         "fitted": len(rest),
         "held_out": len(held),
         "r2": 1 - float((rows_NH - mapped_NH).square().sum()) / variance if variance else None,
-        "mean_cosine": float((normalise_rows(mapped_NH) * normalise_rows(rows_NH)).sum(-1).mean()),
+        "mean_cosine": float((scale_to_unit(mapped_NH) * scale_to_unit(rows_NH)).sum(-1).mean()),
     }

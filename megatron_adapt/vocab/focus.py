@@ -34,7 +34,7 @@ from megatron_adapt.vocab.train_vectors import Training, load_gensim, train_vect
 from megatron_adapt.vocab.vectors import TokenVectors, check_corpus, divide_sentence
 
 _logger = logging.getLogger(__name__)
-_EPOCHS, _MIN_COUNT, _NEGATIVE, _SHORTEST, _LONGEST = 3, 10, 10, 3, 6
+_TRAINING = Training(epochs=3, min_count=10, negative=10, shortest=3, longest=6)
 
 
 def plan_focus(sources: FillSources) -> Fill:
@@ -59,7 +59,7 @@ def plan_focus(sources: FillSources) -> Fill:
         )
         if not len(anchors) or not len(news):
             raise DataError(
-                f"corpus: {counts} occur {_MIN_COUNT} times as {made.folder} cuts it, so focus has nothing to "
+                f"corpus: {counts} occur {_TRAINING.min_count} times as {made.folder} cuts it, so focus has nothing to "
                 "compare; name more text, or use --method subtoken_mean"
             )
         mixtures = weigh_by_sparsemax(found.rows[is_new], found.rows[~is_new])
@@ -79,15 +79,6 @@ def _train(sources: FillSources, made: LoadedTokenizer) -> TokenVectors:
     settings = sources.settings
     # U+2581 stands for a space, as gensim's n-grams would end at none.
     names = {index: "\u2581" * begins + text for (begins, text), index in list_surfaces(made).items()}
-    training = Training(
-        vector_size=settings.vector_size,
-        seed=settings.seed,
-        epochs=_EPOCHS,
-        min_count=_MIN_COUNT,
-        negative=_NEGATIVE,
-        shortest=_SHORTEST,
-        longest=_LONGEST,
-    )
 
     def read_sentences() -> Iterator[list[str]]:
         texts = read_texts(sources.corpus, sources.text_key)
@@ -96,7 +87,7 @@ def _train(sources: FillSources, made: LoadedTokenizer) -> TokenVectors:
                 for item in made.tokenizer.encode_batch_fast(batch, add_special_tokens=False):
                     yield from divide_sentence([names[index] for index in item.ids if index in names])
 
-    vectors = train_vectors(read_sentences, training)
+    vectors = train_vectors(read_sentences, _TRAINING, settings)
     known = sorted(index for index, name in names.items() if name in vectors.key_to_index)
     if not known:
         return TokenVectors(np.zeros(0, np.int64), torch.zeros(0, settings.vector_size))

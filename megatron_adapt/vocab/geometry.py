@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from megatron_adapt.vocab.census import Census, Ids
-from megatron_adapt.vocab.norms import measure_norms
+from megatron_adapt.vocab.norms import measure_norms, scale_to_unit
 from megatron_adapt.vocab.rows import CHUNK_ROWS, BaseRows, divide_ids
 
 PERCENTS = (1, 5, 25, 50, 75, 95, 99)
@@ -85,13 +85,6 @@ def compare_kept(before: BaseRows, after: BaseRows, census: Census) -> dict[str,
     return {"identical": num_identical / len(census.kept), "mean_cosine": float(found.mean()) if len(found) else None}
 
 
-def normalise_rows(rows_NH: torch.Tensor) -> torch.Tensor:
-    """Return rows of length 1, of zeros where a row is zero or not finite."""
-    norms_N = rows_NH.double().norm(dim=-1)
-    is_usable_N = norms_N.isfinite() & (norms_N > 0)
-    return torch.where(is_usable_N[:, None], rows_NH / norms_N[:, None].to(rows_NH.dtype), 0)
-
-
 def find_nearest(
     rows: BaseRows, wanted: Sequence[int], candidates: Sequence[int], count: int = NUM_NEAREST
 ) -> list[list[tuple[int, float]]]:
@@ -106,10 +99,10 @@ def find_nearest(
     Returns:
         Ids and cosines for each wanted row, the nearest first; none for one that is zero or not finite.
     """
-    queries_QH = normalise_rows(rows.gather(wanted).float())
+    queries_QH = scale_to_unit(rows.gather(wanted).float())
     best_QK, ids_QK = torch.zeros(len(wanted), 0), torch.zeros(len(wanted), 0, dtype=torch.long)
     for ids in divide_ids(candidates):
-        chunk_NH = normalise_rows(rows.gather(ids).float())
+        chunk_NH = scale_to_unit(rows.gather(ids).float())
         is_usable_N = chunk_NH.any(-1)
         cosines_QN = (queries_QH @ chunk_NH.T).masked_fill(~is_usable_N, -torch.inf)
         # The lowest ids stand first, and a stable sort leaves them there.

@@ -29,7 +29,7 @@ from megatron_adapt.files import require_file
 from megatron_adapt.tokenizer.pieces import LoadedTokenizer, piece_bytes
 from megatron_adapt.vocab.census import Census
 from megatron_adapt.vocab.donor import list_surfaces
-from megatron_adapt.vocab.geometry import normalise_rows
+from megatron_adapt.vocab.norms import scale_to_unit
 from megatron_adapt.vocab.rows import BaseRows, combine_rows
 
 Spelling = tuple[int, ...]
@@ -182,9 +182,9 @@ def _score_chunks(
     rows: BaseRows, queries: Sequence[Spelling], candidates: Sequence[Spelling]
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
     """Yield the number of the first candidate of a chunk, and the scores of the chunk by kind: [n, Q]."""
-    queries_QH = torch.cat([normalise_rows(rows_NH) for _, rows_NH in combine_rows(rows, dict(enumerate(queries)))])
+    queries_QH = torch.cat([scale_to_unit(rows_NH) for _, rows_NH in combine_rows(rows, dict(enumerate(queries)))])
     num_neighbors = min(_NUM_NEIGHBORS, len(queries))
     for ids, rows_NH in combine_rows(rows, dict(enumerate(candidates))):
-        cosines_NQ = normalise_rows(rows_NH) @ queries_QH.T
+        cosines_NQ = scale_to_unit(rows_NH) @ queries_QH.T
         nearness_N = cosines_NQ.topk(num_neighbors, dim=1).values.mean(1)
         yield ids[0], {"cosine": cosines_NQ, "csls": 2 * cosines_NQ - nearness_N[:, None]}

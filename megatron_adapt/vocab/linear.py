@@ -91,9 +91,7 @@ def fit_map(
     Raises:
         ConfigError: ``ols`` was asked for, and the anchors are not more than the columns.
     """
-    order = np.random.default_rng(seed).permutation(num_anchors)
-    num_held = min(-(-num_anchors // _HELD_SHARE), _MAX_HELD)
-    held, rest = np.sort(order[:num_held]), np.sort(order[num_held:])
+    held, rest = hold_out(num_anchors, seed)
     shares = np.ones(num_anchors) if weights is None else weights / weights.mean()
     mean_x, mean_y = _read_means(read, shares)
     candidates = _list_candidates(estimator, len(rest), len(mean_x), where)
@@ -116,11 +114,18 @@ def fit_map(
     weight = _fit(name, penalty, gram, cross)
     _logger.info(
         "%s: %s%s on %d shared tokens, R2 %.3f on %d held out",
-        *(where, name, f" {penalty:g}" if penalty else "", num_anchors, r2, num_held),
+        *(where, name, f" {penalty:g}" if penalty else "", num_anchors, r2, len(held)),
     )
     if r2 <= 0:
         _logger.warning("%s: the map predicts held-out rows no better than their mean does; look at the donor", where)
     return LinearMap(estimator=name, penalty=penalty, mean_x=mean_x, mean_y=mean_y, weight=weight, r2=r2)
+
+
+def hold_out(num_anchors: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of the anchors that are held out, a tenth and at most 1024, and of the others, ascending."""
+    order = np.random.default_rng(seed).permutation(num_anchors)
+    num_held = min(-(-num_anchors // _HELD_SHARE), _MAX_HELD)
+    return np.sort(order[:num_held]), np.sort(order[num_held:])
 
 
 def _read_means(

@@ -40,5 +40,13 @@ def measure_norms(rows_NH: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows_NH[start : start + _MEASURED_ROWS].double().norm(dim=-1) for start in starts])
 
 
+def scale_to_unit(rows_NH: torch.Tensor) -> torch.Tensor:
+    """Return rows of length 1, in their type; zeros where a row is zero or not finite."""
+    norms_N = torch.linalg.vector_norm(rows_NH, dim=-1, dtype=torch.float64)
+    is_unusable_N = ~(norms_N.isfinite() & (norms_N > 0))
+    units_NH: torch.Tensor = rows_NH / norms_N.masked_fill_(is_unusable_N, 1).to(rows_NH.dtype)[:, None]
+    return units_NH.masked_fill_(is_unusable_N[:, None], 0)
+
+
 def _resize(rows_NH: torch.Tensor, norms_N: torch.Tensor) -> torch.Tensor:
     return rows_NH * (norms_N / measure_norms(rows_NH)).float()[:, None]

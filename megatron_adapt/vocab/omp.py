@@ -26,8 +26,8 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_adapt.vocab.clp import scale_to_unit
 from megatron_adapt.vocab.donor import Overlap, find_overlap
+from megatron_adapt.vocab.norms import scale_to_unit
 from megatron_adapt.vocab.rows import CHUNK_ROWS, BaseRows, Fill, FillSources, name_matrix
 
 _logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_adapt.config import VocabSettings
 from megatron_adapt.errors import ConfigError
 
 NUM_BUCKETS = 1 << 18
@@ -22,10 +23,8 @@ _MOST_WORDS = 500_000
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How vectors are trained."""
+    """How a method trains its vectors."""
 
-    vector_size: int
-    seed: int
     epochs: int
     min_count: int
     "Words that occur less often are left out."
@@ -63,12 +62,15 @@ def load_gensim(what: str) -> ModuleType:
     return found
 
 
-def train_vectors(read_sentences: Callable[[], Iterator[list[str]]], training: Training) -> Any:
+def train_vectors(
+    read_sentences: Callable[[], Iterator[list[str]]], training: Training, settings: VocabSettings
+) -> Any:
     """Train vectors.
 
     Args:
         read_sentences: begins to read the sentences, in words; is called once for each epoch and once before.
-        training: the settings.
+        training: how the method trains.
+        settings: give the columns and the seed.
 
     Returns:
         gensim's ``FastTextKeyedVectors``, empty if no word occurs often enough. The vectors of n-grams that occur in no
@@ -78,7 +80,7 @@ def train_vectors(read_sentences: Callable[[], Iterator[list[str]]], training: T
         ConfigError: gensim is not installed.
     """
     model = load_gensim("training vectors").FastText(
-        vector_size=training.vector_size,
+        vector_size=settings.vector_size,
         min_count=training.min_count,
         negative=training.negative,
         epochs=training.epochs,
@@ -86,7 +88,7 @@ def train_vectors(read_sentences: Callable[[], Iterator[list[str]]], training: T
         max_n=training.longest,
         bucket=NUM_BUCKETS,
         max_final_vocab=_MOST_WORDS,
-        seed=training.seed,
+        seed=settings.seed,
         workers=1,
         sg=0,
     )

@@ -13,6 +13,7 @@ Costs: those of ``linear``; for weights one encoding of the corpus.
 import logging
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from megatron_adapt.corpus.documents import read_texts
 from megatron_adapt.errors import DataError
 from megatron_adapt.logs import show_progress
 from megatron_adapt.tokenizer.words import Reading
+from megatron_adapt.vocab.census import count_tokens
 from megatron_adapt.vocab.donor import Overlap, find_overlap
 from megatron_adapt.vocab.linear import fit_map
 from megatron_adapt.vocab.rows import BaseRows, Fill, FillSources, name_matrix
@@ -46,12 +48,8 @@ def plan_linear_transform(sources: FillSources) -> Fill:
         return weigh_anchors(sources, overlap) if is_weighted else None
 
     def fill(base: BaseRows) -> Iterator[tuple[list[int], torch.Tensor]]:
-        def read(numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-            theirs_ND, rows_NH = overlap.gather_anchors(base, numbers)
-            return theirs_ND.double(), rows_NH.double()
-
         linear = fit_map(
-            read,
+            overlap.read_anchors(base),
             overlap.num_anchors,
             estimator=settings.estimator,
             seed=settings.seed,
@@ -74,13 +72,10 @@ def weigh_anchors(sources: FillSources, overlap: Overlap) -> np.ndarray:
         DataError: the corpus cannot be read.
     """
     made = sources.require_made()
-    counts = np.zeros(made.vocab_size + 1, np.int64)  # the last is that of no id
-    reading = Reading()
     with show_progress("counting shared tokens in the corpus", None, "MB") as advance:
-        for batch in reading.batch(read_texts(sources.corpus, sources.text_key), advance):
-            for item in made.tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-                np.add.at(counts, item.ids, 1)
-    counted_C = counts[overlap.anchors[:, 2]]
+        batches = Reading().batch(read_texts(sources.corpus, sources.text_key), advance)
+        frequency_V = count_tokens(made, chain.from_iterable(batches))
+    counted_C = np.append(frequency_V, 0)[overlap.anchors[:, 2]]  # the last is that of no id
     _logger.info("%d of %d shared tokens occur in the corpus", np.count_nonzero(counted_C), overlap.num_anchors)
     weights_C: np.ndarray = np.sqrt(1.0 + counted_C)
     return weights_C

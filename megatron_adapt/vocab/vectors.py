@@ -49,7 +49,7 @@ _logger = logging.getLogger(__name__)
 SENTENCE_WORDS = 1000
 "gensim leaves out what stands behind the 10,000th word of a sentence."
 _WORD = regex.compile(r"[\w\p{M}]+|[^\w\p{M}\s]+")
-_EPOCHS, _MIN_COUNT, _NEGATIVE, _SHORTEST, _LONGEST = 5, 5, 5, 1, 5
+_TRAINING = Training(epochs=5, min_count=5, negative=5, shortest=1, longest=5)
 
 Embed = Callable[[list[str], list[str]], tuple[torch.Tensor, torch.Tensor]]
 "Returns vectors of old and new token texts, zeros for those that have none; a space may stand before a text."
@@ -168,15 +168,6 @@ def _plan_training(sources: FillSources) -> Embed:
     settings = sources.settings
     load_gensim(f"{settings.method} without vectors or encoder")
     check_corpus(sources)
-    training = Training(
-        vector_size=settings.vector_size,
-        seed=settings.seed,
-        epochs=_EPOCHS,
-        min_count=_MIN_COUNT,
-        negative=_NEGATIVE,
-        shortest=_SHORTEST,
-        longest=_LONGEST,
-    )
 
     def read_sentences() -> Iterator[list[str]]:
         texts = read_texts(sources.corpus, sources.text_key)
@@ -186,10 +177,11 @@ def _plan_training(sources: FillSources) -> Embed:
                     yield from divide_sentence(_WORD.findall(text))
 
     def embed(olds: list[str], news: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        vectors = train_vectors(read_sentences, training)
+        vectors = train_vectors(read_sentences, _TRAINING, settings)
         if not len(vectors):
             raise DataError(
-                f"corpus: no word occurs {_MIN_COUNT} times in it; name more text, or use --method subtoken_mean"
+                f"corpus: no word occurs {_TRAINING.min_count} times in it; name more text, or use --method "
+                "subtoken_mean"
             )
         found = np.zeros((len(olds) + len(news), settings.vector_size), np.float32)
         for at, text in enumerate(text.strip() for text in [*olds, *news]):

@@ -6,10 +6,11 @@ import sys
 import numpy as np
 import pytest
 
+from megatron_adapt.config import VocabSettings
 from megatron_adapt.errors import ConfigError
 from megatron_adapt.vocab.train_vectors import Training, train_vectors
 
-TRAINING = {"vector_size": 8, "seed": 1, "epochs": 2, "min_count": 2, "negative": 3, "shortest": 1, "longest": 3}
+TRAINING = {"epochs": 2, "min_count": 2, "negative": 3, "shortest": 1, "longest": 3}
 SENTENCES = [["katze", "und", "hund"], ["katze", "kater", "und"], ["selten"]] * 2 + [["einmal"]]
 SCRIPT = """
 import hashlib
@@ -18,8 +19,9 @@ print(hashlib.sha256(train().vectors_ngrams.tobytes()).hexdigest())
 """
 
 
-def train(sentences=SENTENCES, **settings):
-    return train_vectors(lambda: iter(sentences), Training(**{**TRAINING, **settings}))
+def train(sentences=SENTENCES, seed=1, **training):
+    settings = VocabSettings(method="focus", vector_size=8, seed=seed)
+    return train_vectors(lambda: iter(sentences), Training(**{**TRAINING, **training}), settings)
 
 
 def test_two_runs_in_processes_that_hash_strings_differently_give_the_same_bits():
