@@ -12,7 +12,7 @@ from megatron_adapt.commands import run_commands
 from megatron_adapt.errors import ConfigError
 from megatron_adapt.files import write_json
 from megatron_adapt.flags import load_recipe, run_tool
-from megatron_adapt.pipeline import plan_corpus, plan_training, plan_vocabulary
+from megatron_adapt.pipeline import check_corpus, plan_corpus, plan_training, plan_vocabulary
 from megatron_adapt.recipe import Recipe
 from megatron_adapt.run_folder import RunFolder
 
@@ -21,9 +21,7 @@ def prepare(recipe: Recipe) -> None:
     """Run the commands of a recipe up to its first training stage."""
     if recipe.base_model is None:
         raise ConfigError("base_model: missing; name the folder of the model to adapt")
-    for source, files in recipe.corpus.items():
-        if not files:
-            raise ConfigError(f"corpus.{source}: names no file; add --corpus.{source} FILE")
+    check_corpus(recipe)
     run = RunFolder(recipe.work_dir)
     write_json(run.root / "recipe.json", recipe)
     before_training = takewhile(lambda command: not command.stage, plan_training(recipe, run, recipe.base_model))

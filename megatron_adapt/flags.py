@@ -80,11 +80,9 @@ def load_recipe(argv: Sequence[str] | None = None, *, stage: bool = False) -> tu
     """
     _prepare_process()
     args = list(sys.argv[1:] if argv is None else argv)
-    path, args = _take_flag(args, "--recipe")
     name, args = _take_flag(args, "--stage") if stage else ("", args)
     try:
-        if path is None and not {"-h", "--help"} & set(args):
-            raise ConfigError("--recipe: missing; name a recipe such as examples/quickstart/recipe.toml")
+        path, args = _take_recipe(args)
         if stage and name is None and path is not None and not {"-h", "--help"} & set(args):
             raise ConfigError("--stage: missing; name a stage of the recipe")
         default = read_recipe(Path(path)) if path else None
@@ -109,10 +107,8 @@ def load_recipe_with(kind: type[ConfigT], argv: Sequence[str] | None = None) -> 
         SystemExit: as ``load_config``; also without ``--recipe``.
     """
     _prepare_process()
-    path, args = _take_flag(list(sys.argv[1:] if argv is None else argv), "--recipe")
     try:
-        if path is None and not {"-h", "--help"} & set(args):
-            raise ConfigError("--recipe: missing; name a recipe such as examples/quickstart/recipe.toml")
+        path, args = _take_recipe(list(sys.argv[1:] if argv is None else argv))
         recipe: Any = Annotated[Recipe, tyro.conf.arg(name="")]
         default: Any = field(default=read_recipe(Path(path))) if path else field()
         parts: list[Any] = [("tool", Annotated[kind, tyro.conf.arg(name="")]), ("recipe", recipe, default)]
@@ -123,6 +119,14 @@ def load_recipe_with(kind: type[ConfigT], argv: Sequence[str] | None = None) -> 
         return found.recipe, found.tool
     except AdaptError as error:
         _exit(error)
+
+
+def _take_recipe(args: list[str]) -> tuple[str | None, list[str]]:
+    """Take ``--recipe FILE`` out of ``args``; only who asks for help may leave it out."""
+    path, args = _take_flag(args, "--recipe")
+    if path is None and not {"-h", "--help"} & set(args):
+        raise ConfigError("--recipe: missing; name a recipe such as examples/quickstart/recipe.toml")
+    return path, args
 
 
 def _take_flag(args: list[str], flag: str) -> tuple[str | None, list[str]]:

@@ -39,9 +39,9 @@ from megatron_adapt.data.record import record_path
 from megatron_adapt.errors import ConfigError
 from megatron_adapt.evaluate.report import render_report, show_table, write_report
 from megatron_adapt.files import STAGE_FILE, read_json, require_file, write_json
-from megatron_adapt.recipe import Recipe, make_base_shape
+from megatron_adapt.recipe import Recipe, check_parallelism, make_base_shape
 from megatron_adapt.run_folder import RunFolder, describe_training
-from megatron_adapt.shape import check_launch, check_layout, pad_vocab_size
+from megatron_adapt.shape import pad_vocab_size
 
 _logger = logging.getLogger(__name__)
 
@@ -87,36 +87,32 @@ def check_recipe(recipe: Recipe) -> None:
         raise ConfigError("train.stages: empty; add a [[train.stages]] table to the recipe")
     if not recipe.new_languages and (recipe.train.stages or recipe.base_train is None):
         raise ConfigError("new_languages: empty, so only a base can be made; give [base], [base_train] and no stages")
-    for source, files in recipe.corpus.items():
-        if not files:
-            raise ConfigError(f"corpus.{source}: names no file; add --corpus.{source} FILE")
-        for file in files:
-            require_file(Path(file), f"corpus.{source}")
+    check_corpus(recipe)
     tables = [recipe.base, recipe.base_train]
     if tables.count(None) != (0 if recipe.base_model is None else 2):
         raise ConfigError("base_model: give either base_model or both tables [base] and [base_train]")
-    train = recipe.train
     shape = make_base_shape(_get_base(recipe)[0]) if recipe.base_model is None else read_hf_shape(recipe.base_model)
     if recipe.evaluate.seq_length > shape.max_position_embeddings:
         raise ConfigError(
             f"evaluate.seq_length: {recipe.evaluate.seq_length} exceeds the model's {shape.max_position_embeddings} "
             f"positions; use at most {shape.max_position_embeddings}"
         )
-    check_layout(
-        shape,
-        tensor_model_parallel_size=train.tensor_model_parallel_size,
-        pipeline_model_parallel_size=train.pipeline_model_parallel_size,
-        sequence_parallel=train.sequence_parallel,
-        seq_length=train.seq_length,
-        padded_vocab_size=pad_vocab_size(shape.vocab_size, recipe.checkpoint.vocab_pad_multiple),
-    )
-    check_launch(
-        num_ranks=train.nproc_per_node,
-        tensor_model_parallel_size=train.tensor_model_parallel_size,
-        pipeline_model_parallel_size=train.pipeline_model_parallel_size,
-        micro_batch_size=train.micro_batch_size,
-        global_batch_size=train.global_batch_size,
-    )
+    padded = pad_vocab_size(shape.vocab_size, recipe.checkpoint.vocab_pad_multiple)
+    check_parallelism(shape, recipe.train, padded_vocab_size=padded, num_ranks=recipe.train.nproc_per_node)
+
+
+def check_corpus(recipe: Recipe) -> None:
+    """Refuse a source without a file.
+
+    Raises:
+        ConfigError: it names none.
+        DataError: one is missing.
+    """
+    for source, files in recipe.corpus.items():
+        if not files:
+            raise ConfigError(f"corpus.{source}: names no file; add --corpus.{source} FILE")
+        for file in files:
+            require_file(Path(file), f"corpus.{source}")
 
 
 def _get_base(recipe: Recipe) -> tuple[BaseSettings, StageSettings]:

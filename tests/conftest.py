@@ -10,6 +10,16 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """One small English tokenizer of each family; not to be written to."""
+    # Here, as most tests need no tokenizer.
+    from tests.tokenizer.bases import learn_base
+
+    root = tmp_path_factory.mktemp("bases")
+    return {kind: learn_base(root / kind, kind) for kind in ("byte_level", "sentencepiece")}
+
+
 @pytest.fixture(autouse=True)
 def _keep_package_logger() -> Iterator[None]:
     """Undo ``setup_logging``: its handler would hold on to the captured stderr of a test that has ended."""

@@ -16,7 +16,7 @@ from megatron_adapt.checkpoint import slices
 from megatron_adapt.checkpoint.dist import DistWriter
 from megatron_adapt.checkpoint.hf import HFWriter
 from megatron_adapt.checkpoint.resume import PartialFolder
-from megatron_adapt.checkpoint.values import TensorSpec, list_boxes
+from megatron_adapt.checkpoint.values import TensorSpec, list_boxes, list_row_blocks
 from megatron_adapt.logs import show_progress
 
 
@@ -46,6 +46,12 @@ def cut_parts(name: str, spec: TensorSpec) -> Iterator[Part]:
             begin = tuple(one + other for one, other in zip(chunk, offsets, strict=True))
             yield Part(name, begin, part, chunk, start)
             start += math.prod(part)
+
+
+def cut_rows(name: str, spec: TensorSpec) -> Iterator[Part]:
+    """Cut a tensor of a Hugging Face folder into runs of rows of ``slices.SLICE_BYTES``."""
+    for start, stop in list_row_blocks(spec, slices.SLICE_BYTES):
+        yield Part(name, (start,), (stop - start, *spec.shape[1:]))
 
 
 def write_model(

@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import product
 
 from megatron_adapt.errors import ConfigError
-from megatron_adapt.shape import check_launch, check_layout
+from megatron_adapt.recipe import check_parallelism
 from megatron_adapt.train.flops import count_learning
 from megatron_adapt.train.memory import Job, RankMemory, measure_stages
 
@@ -27,22 +27,7 @@ def check_job(job: Job) -> None:
     Raises:
         ConfigError: with the numbers that would fit.
     """
-    train = job.train
-    check_layout(
-        job.shape,
-        tensor_model_parallel_size=train.tensor_model_parallel_size,
-        pipeline_model_parallel_size=train.pipeline_model_parallel_size,
-        sequence_parallel=train.sequence_parallel,
-        seq_length=train.seq_length,
-        padded_vocab_size=job.padded_vocab_size,
-    )
-    check_launch(
-        num_ranks=job.world_size,
-        tensor_model_parallel_size=train.tensor_model_parallel_size,
-        pipeline_model_parallel_size=train.pipeline_model_parallel_size,
-        micro_batch_size=train.micro_batch_size,
-        global_batch_size=train.global_batch_size,
-    )
+    check_parallelism(job.shape, job.train, padded_vocab_size=job.padded_vocab_size, num_ranks=job.world_size)
 
 
 def find_layout(job: Job, memory: float) -> tuple[Job, list[RankMemory]] | None:

@@ -29,7 +29,7 @@ from megatron_adapt.checkpoint.companions import check_import_vocab, write_compa
 from megatron_adapt.checkpoint.estimate import count_hf_bytes, write_estimate
 from megatron_adapt.checkpoint.hf import HFFolder, HFWriter, count_shards, read_config, read_hf_shape
 from megatron_adapt.checkpoint.layout import EMBEDDING, HEAD, check_hf_tensors
-from megatron_adapt.checkpoint.parts import Part, write_model
+from megatron_adapt.checkpoint.parts import Part, cut_rows, write_model
 from megatron_adapt.checkpoint.resume import PartialFolder, continue_folder, fingerprint_plan
 from megatron_adapt.checkpoint.values import TensorSpec, list_row_blocks
 from megatron_adapt.config import PropagateEmbeddings, PropagateSettings
@@ -41,6 +41,7 @@ from megatron_adapt.tokenizer.pieces import JSON_FILE, LoadedTokenizer, read_tok
 from megatron_adapt.vocab.fit import check_fit, renumber_companions
 from megatron_adapt.vocab.propagate_fit import NUM_SQUARES, Propagation, fit_propagation, list_equations
 from megatron_adapt.vocab.propagate_tokens import ResultVocab, plan_vocab, write_vocab
+from megatron_adapt.vocab.resize import list_specs
 from megatron_adapt.vocab.rows import CHUNK_ROWS
 
 _MATRICES = (EMBEDDING, HEAD)
@@ -102,7 +103,9 @@ def propagate_embeddings(config: PropagateEmbeddings) -> None:
     _check_bodies(base, adapted, instruct)
     id_map = _read_map(base, adapted)
     vocab = plan_vocab(base.tokenizer, adapted.tokenizer, instruct.tokenizer, id_map)
-    job = _Job(base, adapted, instruct, vocab, config.settings, _spec(instruct, vocab))
+    job = _Job(
+        base, adapted, instruct, vocab, config.settings, list_specs(instruct.source, instruct.shape, vocab.vocab_size)
+    )
     files = [*base.source.files, *adapted.source.files, *instruct.source.files]
     num_bytes, shape = count_hf_bytes(job.specs), instruct.shape
     if config.dry_run:
@@ -189,15 +192,6 @@ def _read_map(base: _Model, adapted: _Model) -> IdMap:
     return id_map
 
 
-def _spec(instruct: _Model, vocab: ResultVocab) -> dict[str, TensorSpec]:
-    """Return the tensors of the output, by name."""
-    source, tied = instruct.source, instruct.shape.tied
-    specs = {name: source.specs[name] for name in source.names if not (tied and name == HEAD)}
-    for name in set(_MATRICES) & set(specs):
-        specs[name] = TensorSpec((vocab.vocab_size, instruct.shape.hidden_size), source.dtype(name))
-    return specs
-
-
 def _warn_of_changes(job: _Job) -> None:
     """Say so where training changed the body and nothing of it is taken over; looks at a sample of every tensor."""
     if job.settings.body_delta:
@@ -221,12 +215,7 @@ def _warn_of_changes(job: _Job) -> None:
 def _write_weights(job: _Job, progress: PartialFolder) -> None:
     source, specs = job.instruct.source, job.specs
     matrices = {name: specs[name] for name in _MATRICES if name in specs}
-    parts = [
-        Part(name, (start,), (stop - start, *spec.shape[1:]))
-        for name, spec in specs.items()
-        if name not in matrices
-        for start, stop in list_row_blocks(spec, slices.SLICE_BYTES)
-    ]
+    parts = [part for name, spec in specs.items() if name not in matrices for part in cut_rows(name, spec)]
     with HFWriter(progress.folder, specs) as writer:
 
         def copy_rows(part: Part, buffer: torch.Tensor) -> int:

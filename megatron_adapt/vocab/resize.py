@@ -27,7 +27,7 @@ from megatron_adapt.checkpoint.companions import find_tokenizer, write_companion
 from megatron_adapt.checkpoint.estimate import count_hf_bytes, write_estimate
 from megatron_adapt.checkpoint.hf import HFFolder, HFWriter, count_shards, read_config, read_hf_shape
 from megatron_adapt.checkpoint.layout import EMBEDDING, HEAD, check_hf_tensors
-from megatron_adapt.checkpoint.parts import Part, write_model
+from megatron_adapt.checkpoint.parts import Part, cut_rows, write_model
 from megatron_adapt.checkpoint.resume import PartialFolder, continue_folder, fingerprint_plan
 from megatron_adapt.checkpoint.root import is_megatron_checkpoint
 from megatron_adapt.checkpoint.values import TensorSpec, list_row_blocks
@@ -89,7 +89,7 @@ def resize_vocab(config: ResizeVocab) -> None:
     own = find_tokenizer(None, config.model)
     check_fit(config.model, shape.vocab_size, own, tokenizer, id_map)
     fill = plan_fill(FillSources.of(config, own=own, made=tokenizer, id_map=id_map))
-    specs = _spec(source, shape, id_map)
+    specs = list_specs(source, shape, id_map.vocab_size)
     num_bytes = count_hf_bytes(specs)
     if config.dry_run:
         write_estimate(
@@ -123,11 +123,11 @@ def resize_vocab(config: ResizeVocab) -> None:
     _logger.info("%s: %d rows kept, %d filled by %s", config.output, kept, len(id_map.pieces), config.settings.method)
 
 
-def _spec(source: HFFolder, shape: LlamaShape, id_map: IdMap) -> dict[str, TensorSpec]:
-    """Return the tensors of the output, by name."""
+def list_specs(source: HFFolder, shape: LlamaShape, vocab_size: int) -> dict[str, TensorSpec]:
+    """Return the tensors of a model of ``shape`` with so many rows in its vocabulary matrices, by name."""
     specs = {name: source.specs[name] for name in source.names if not (shape.tied and name == HEAD)}
     for name in {EMBEDDING, HEAD} & set(specs):
-        specs[name] = TensorSpec((id_map.vocab_size, shape.hidden_size), source.dtype(name))
+        specs[name] = TensorSpec((vocab_size, shape.hidden_size), source.dtype(name))
     return specs
 
 
@@ -135,12 +135,7 @@ def _write_weights(
     source: HFFolder, specs: dict[str, TensorSpec], id_map: IdMap, fill: Fill, progress: PartialFolder
 ) -> None:
     matrices = {name: specs[name] for name in (EMBEDDING, HEAD) if name in specs}
-    parts = [
-        Part(name, (start,), (stop - start, *spec.shape[1:]))
-        for name, spec in specs.items()
-        if name not in matrices
-        for start, stop in list_row_blocks(spec, slices.SLICE_BYTES)
-    ]
+    parts = [part for name, spec in specs.items() if name not in matrices for part in cut_rows(name, spec)]
     with HFWriter(progress.folder, specs) as writer:
 
         def write_matrix(name: str) -> None:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from megatron_adapt.checkpoint.layout import (
 )
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.shape import LlamaShape
+from tests.helpers.shapes import SMALL_SHAPE
 
 _SHAPES = st.builds(
     lambda groups, per_group, width, hidden, ffn, layers, tied, qkv_bias: LlamaShape(
@@ -71,20 +74,7 @@ def test_qkv_rows_are_ordered_group_by_group():
 
 
 def _shape(tied: bool = False) -> LlamaShape:
-    return LlamaShape(
-        num_layers=2,
-        hidden_size=8,
-        ffn_hidden_size=12,
-        num_attention_heads=4,
-        num_query_groups=2,
-        kv_channels=2,
-        vocab_size=11,
-        max_position_embeddings=16,
-        layernorm_epsilon=1e-5,
-        rotary_base=1e4,
-        rope_scaling=None,
-        tied=tied,
-    )
+    return replace(SMALL_SHAPE, tied=tied)
 
 
 def _hf_shapes(shape: LlamaShape) -> dict[str, tuple[int, ...]]:

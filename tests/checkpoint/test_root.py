@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from megatron_adapt.checkpoint.root import (
@@ -10,25 +12,13 @@ from megatron_adapt.checkpoint.root import (
     write_latest,
 )
 from megatron_adapt.errors import CheckpointError
-from megatron_adapt.shape import LlamaShape, RopeScaling
+from megatron_adapt.shape import RopeScaling
+from tests.helpers.shapes import SMALL_SHAPE
 
 
 def _description() -> Description:
     scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=2048)
-    shape = LlamaShape(
-        num_layers=2,
-        hidden_size=8,
-        ffn_hidden_size=12,
-        num_attention_heads=4,
-        num_query_groups=2,
-        kv_channels=2,
-        vocab_size=11,
-        max_position_embeddings=16,
-        layernorm_epsilon=1e-5,
-        rotary_base=1e4,
-        rope_scaling=scaling,
-        tied=True,
-    )
+    shape = replace(SMALL_SHAPE, rope_scaling=scaling, tied=True)
     return Description(
         shape=shape, true_vocab_size=11, padded_vocab_size=16, tokenizer_fingerprint="ab", step=7, dtype="bfloat16"
     )

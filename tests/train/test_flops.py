@@ -8,25 +8,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_adapt.engine.fake import start_fake_engine
 from megatron_adapt.engine.llama import build_model
 from megatron_adapt.engine.trainable import freeze_rest
-from megatron_adapt.shape import LlamaShape
 from megatron_adapt.train.flops import count_flops, count_learning, list_weights
 from megatron_adapt.train.memory import run_forward_backward
+from tests.helpers.shapes import SMALL_SHAPE
 from tests.train.test_memory import PADDED, SHAPE, make_job
 
-SMALL = LlamaShape(
-    num_layers=2,
-    hidden_size=8,
-    ffn_hidden_size=10,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=2,
-    vocab_size=90,
-    max_position_embeddings=16,
-    layernorm_epsilon=1e-5,
-    rotary_base=1e4,
-    rope_scaling=None,
-    tied=False,
-)
+SMALL = replace(SMALL_SHAPE, ffn_hidden_size=10, vocab_size=90)
 
 
 def test_operations_by_hand():
