@@ -22,8 +22,9 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_adapt.config import Layout
 from megatron_adapt.engine.attention import SDPACoreAttention
-from megatron_adapt.engine.parallel import Layout, start_engine
+from megatron_adapt.engine.parallel import start_engine
 from megatron_adapt.errors import EngineError
 from megatron_adapt.flags import run_tool
 

@@ -39,7 +39,8 @@ from megatron_adapt.data.record import record_path
 from megatron_adapt.errors import ConfigError
 from megatron_adapt.evaluate.report import render_report, show_table, write_report
 from megatron_adapt.files import STAGE_FILE, read_json, require_file, write_json
-from megatron_adapt.recipe import Recipe, check_parallelism, make_base_shape
+from megatron_adapt.parallelism import check_parallelism
+from megatron_adapt.recipe import Recipe, make_base_shape
 from megatron_adapt.run_folder import RunFolder, describe_training
 from megatron_adapt.shape import pad_vocab_size
 

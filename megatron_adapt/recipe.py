@@ -29,7 +29,7 @@ from megatron_adapt.config import (
 from megatron_adapt.config.names import get_language, is_source_name
 from megatron_adapt.errors import ConfigError
 from megatron_adapt.files import read_json
-from megatron_adapt.shape import LlamaShape, check_launch, check_layout
+from megatron_adapt.shape import LlamaShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,29 +152,6 @@ def read_recipe(path: Path) -> Recipe:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: no valid TOML ({error}); correct the line") from None
     return typing.cast(Recipe, _build(Recipe, table, str(path), ""))
-
-
-def check_parallelism(shape: LlamaShape, train: TrainSettings, *, padded_vocab_size: int, num_ranks: int) -> None:
-    """Refuse a layout that does not fit the model, or ranks and batch that do not fit the layout.
-
-    Raises:
-        ConfigError: with the numbers that would fit.
-    """
-    check_layout(
-        shape,
-        tensor_model_parallel_size=train.tensor_model_parallel_size,
-        pipeline_model_parallel_size=train.pipeline_model_parallel_size,
-        sequence_parallel=train.sequence_parallel,
-        seq_length=train.seq_length,
-        padded_vocab_size=padded_vocab_size,
-    )
-    check_launch(
-        num_ranks=num_ranks,
-        tensor_model_parallel_size=train.tensor_model_parallel_size,
-        pipeline_model_parallel_size=train.pipeline_model_parallel_size,
-        micro_batch_size=train.micro_batch_size,
-        global_batch_size=train.global_batch_size,
-    )
 
 
 def make_base_shape(base: BaseSettings) -> LlamaShape:

@@ -5,11 +5,11 @@
 ``base/``. A source is a language, or LANGUAGE/SOURCE: ``tokens/ja/wiki-train.bin``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_adapt.config import StageSettings, TrainSettings
+from megatron_adapt.config import Layout, StageSettings, TrainSettings
 from megatron_adapt.errors import CheckpointError, ConfigError
 from megatron_adapt.files import STAGE_FILE, is_finished, to_plain
 from megatron_adapt.recipe import Recipe
@@ -94,10 +94,9 @@ class StagePlace:
 
 # Settings of the launch, not of the result; the layout changes a loss in its last digits only.
 _WITHOUT_EFFECT = (
-    "stages nproc_per_node tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel micro_batch_size "
-    "use_distributed_optimizer log_interval save_interval eval_interval eval_windows stop_after_steps continue_blend "
-    "exit_duration_in_mins"
-).split()
+    "stages nproc_per_node micro_batch_size log_interval save_interval eval_interval eval_windows stop_after_steps "
+    "continue_blend exit_duration_in_mins"
+).split() + [item.name for item in fields(Layout)]
 # Settings that are newer than the first records: left out at their default, so that those still hold.
 _LATER_DEFAULTS = {
     "objective": "language_modeling",

@@ -21,7 +21,7 @@ MAX_TOOL_LINES = 30
 ROWS = (
     {"errors"},
     {"shape", "config", "files", "scripts", "_csrc"},
-    {"logs", "plots", "recipe"},
+    {"logs", "parallelism", "plots", "recipe"},
     {"flags", "run_folder"},
     {"corpus", "engine"},
     {"tokenizer"},

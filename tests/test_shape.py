@@ -3,7 +3,7 @@ import json
 import pytest
 
 from megatron_adapt.errors import ConfigError
-from megatron_adapt.shape import LlamaShape, RopeScaling, check_launch, check_layout, pad_vocab_size, read_shape
+from megatron_adapt.shape import LlamaShape, RopeScaling, pad_vocab_size, read_shape
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 4096}
 
@@ -22,17 +22,6 @@ def make_config(**changes):
         "rope_theta": 5e5,
     }
     return {**config, **changes}
-
-
-def check(shape, **changes):
-    layout = {
-        "tensor_model_parallel_size": 1,
-        "pipeline_model_parallel_size": 1,
-        "sequence_parallel": False,
-        "seq_length": 128,
-        "padded_vocab_size": 1024,
-    }
-    check_layout(shape, **{**layout, **changes})
 
 
 def test_parameters_are_those_counted_by_hand():
@@ -126,66 +115,7 @@ def test_a_config_without_the_sizes_of_a_llama_is_refused():
         read_shape(config, "c.json")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"tensor_model_parallel_size": 8},
-            r"train\.tensor_model_parallel_size: 8 does not fit the model's 4 key-value heads, "
-            r"176 feed-forward columns and 1024 vocabulary rows; use 1 or 2 or 4$",
-        ),
-        (
-            {"pipeline_model_parallel_size": 4},
-            r"train\.pipeline_model_parallel_size: 4 does not divide 6 layers; use 1 or 2 or 3 or 6$",
-        ),
-        ({"sequence_parallel": True}, r"train\.sequence_parallel: has no effect at .* 1; switch it off"),
-        (
-            {"sequence_parallel": True, "tensor_model_parallel_size": 4, "seq_length": 126},
-            r"train\.seq_length: 126 is not a multiple of tensor_model_parallel_size 4, .*; use 124$",
-        ),
-        ({"seq_length": 129}, r"train\.seq_length: 129 exceeds the model's 128 positions; use at most 128$"),
-    ],
-)
-def test_a_layout_that_does_not_fit_is_refused_with_the_ones_that_do(changes, message):
-    with pytest.raises(ConfigError, match=f"^{message}"):
-        check(read_shape(make_config(), "c.json"), **changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_ranks": 3}, r"launch: 3 ranks cannot hold tensor_model_parallel_size 2 x .* 1; start a multiple of 2"),
-        (
-            {"global_batch_size": 6},
-            r"train\.global_batch_size: 6 is not .* 2 x 2 data-parallel .*; use a multiple of 4",
-        ),
-    ],
-)
-def test_a_launch_that_does_not_fit_is_refused(changes, message):
-    launch = {
-        "num_ranks": 4,
-        "tensor_model_parallel_size": 2,
-        "pipeline_model_parallel_size": 1,
-        "micro_batch_size": 2,
-        "global_batch_size": 8,
-    }
-    check_launch(**launch)
-    with pytest.raises(ConfigError, match=message):
-        check_launch(**{**launch, **changes})
-
-
-def test_a_vocabulary_that_cannot_be_split_is_refused_before_the_engine_sees_it():
-    with pytest.raises(ConfigError, match=r"2 does not fit .* 1999 vocabulary rows; use 1$"):
-        check(read_shape(make_config(), "c.json"), tensor_model_parallel_size=2, padded_vocab_size=1999)
-
-
 def test_llama3_scaling_names_what_is_missing():
     config = {**make_config(), "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
     with pytest.raises(ConfigError, match=r"llama3 rope scaling without low_freq_factor, high_freq_factor, original"):
         read_shape(config, "c.json")
-
-
-def test_layouts_that_fit_are_accepted():
-    shape = read_shape(make_config(), "c.json")
-    check(shape)
-    check(shape, tensor_model_parallel_size=4, pipeline_model_parallel_size=3, sequence_parallel=True)

@@ -24,8 +24,9 @@ from megatron_adapt.checkpoint.root import Description, find_checkpoint, read_de
 from megatron_adapt.checkpoint.slices import Slice, list_slices, run_steps
 from megatron_adapt.checkpoint.values import bytes_of, torch_dtype
 from megatron_adapt.checkpoint.weights import load_weights
+from megatron_adapt.config import Layout
 from megatron_adapt.engine.llama import build_model
-from megatron_adapt.engine.parallel import Layout, get_device, start_engine
+from megatron_adapt.engine.parallel import get_device, start_engine
 from megatron_adapt.errors import CheckpointError
 
 _logger = logging.getLogger(__name__)

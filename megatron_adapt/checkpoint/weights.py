@@ -7,7 +7,7 @@ reported as a ``KeyError`` of all keys. Needs a process group and megatron-core'
 Source: megatron-core 0.16 ``dist_checkpointing/serialization.py``; Megatron-LM ``training/checkpointing.py`` (names).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from megatron_adapt.checkpoint.dist import DistReader
 from megatron_adapt.errors import CheckpointError
 
 
-def weights_state_dict(models: list[torch.nn.Module]) -> dict[str, Any]:
+def weights_state_dict(models: Sequence[torch.nn.Module]) -> dict[str, Any]:
     """Return the sharded weights of this rank's model chunks, under Megatron-LM's names.
 
     Args:
@@ -30,10 +30,15 @@ def weights_state_dict(models: list[torch.nn.Module]) -> dict[str, Any]:
         Name of the chunk to its sharded tensors. The empty quantisation states are left out.
     """
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    named = {"model": models[0]} if len(models) == 1 else {f"model{at}": model for at, model in enumerate(models)}
     return {
-        name: _drop_extra_states(_unwrap(model).sharded_state_dict(metadata=metadata)) for name, model in named.items()
+        name: _drop_extra_states(_unwrap(model).sharded_state_dict(metadata=metadata))
+        for name, model in zip(name_chunks(models), models, strict=True)
     }
+
+
+def name_chunks(models: Sequence[torch.nn.Module]) -> list[str]:
+    """Return the keys of a rank's model chunks in a state dictionary, as Megatron-LM names them."""
+    return ["model"] if len(models) == 1 else [f"model{at}" for at in range(len(models))]
 
 
 def _unwrap(model: Any) -> Any:
@@ -46,7 +51,7 @@ def _drop_extra_states(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
 
 
-def load_weights(models: list[torch.nn.Module], iter_folder: Path) -> None:
+def load_weights(models: Sequence[torch.nn.Module], iter_folder: Path) -> None:
     """Load model weights in place; optimizer states in the checkpoint are passed over.
 
     The types may differ: values are cast to those of the model.

@@ -22,6 +22,7 @@ from megatron_adapt.config.data import DataSettings, PreprocessData
 from megatron_adapt.config.diagnose import DiagnoseVocab
 from megatron_adapt.config.evaluate import Evaluate, EvaluateSettings
 from megatron_adapt.config.inspect import CheckTokens, DescribeTokens, MergeTokens, ShowTokens, TraceStep
+from megatron_adapt.config.layout import Layout
 from megatron_adapt.config.plan_run import PlanRun
 from megatron_adapt.config.propagate import PropagateEmbeddings, PropagateSettings
 from megatron_adapt.config.tokenizer import BuildTokenizer, MeasureTokenizer, SweepSettings, TokenizerSettings
@@ -45,6 +46,7 @@ __all__ = [
     "EvaluateSettings",
     "ExpandBlocks",
     "InspectCheckpoint",
+    "Layout",
     "MakeCalibration",
     "MeasureTokenizer",
     "MergeTokens",

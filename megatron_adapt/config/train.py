@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from megatron_adapt.config.layout import Layout
 from megatron_adapt.config.names import get_language
 from megatron_adapt.config.require import require
 
@@ -163,21 +164,13 @@ def _check_ratio(where: str, setting: str, ratio: Mapping[str, float], what: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings:
+class TrainSettings(Layout):
     """The training runs (table ``[train]``)."""
 
     stages: tuple[StageSettings, ...] = ()
     "The stages, in order."
     nproc_per_node: int = 1
     "Ranks that tools/adapt.py starts with torchrun; a launch of tools/pretrain.py decides for itself."
-    tensor_model_parallel_size: int = 1
-    "Ranks that share every matrix."
-    pipeline_model_parallel_size: int = 1
-    "Ranks that share the layers."
-    sequence_parallel: bool = False
-    "Split norms and residuals over the tensor-parallel ranks along the sequence."
-    use_distributed_optimizer: bool = True
-    "Split the optimizer state over the data-parallel ranks."
     seq_length: int = 512
     "Tokens in a window."
     micro_batch_size: int = 4
@@ -222,9 +215,10 @@ class TrainSettings:
     "Leave the first token of a document out of the loss where it is predicted from the document before."
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive = (
-            "nproc_per_node tensor_model_parallel_size pipeline_model_parallel_size seq_length micro_batch_size "
-            "global_batch_size log_interval save_interval eval_interval eval_windows"
+            "nproc_per_node seq_length micro_batch_size global_batch_size log_interval save_interval eval_interval "
+            "eval_windows"
         )
         for name in positive.split():
             require(getattr(self, name) >= 1, f"train.{name}: {getattr(self, name)} is below 1")

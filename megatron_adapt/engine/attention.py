@@ -10,17 +10,24 @@ and hides scores that were computed all the same. What it costs is in ``README.m
 The documents travel as megatron-core's ``PackedSeqParams``, which every layer hands to its attention, recomputed or
 not. Positions are not reset: RoPE turns query and key by their places, a score depends on the distance alone, and
 inside a document the distance is the same wherever it begins in the window.
+
+A window may be shared by C ranks (``context_parallel_size``). Each then has two pieces of 2C, the r-th from the front
+and the r-th from the back, so that all have as much to attend to; keys and values of the whole window are gathered.
+
 Shapes: T positions, B batch, N query heads, G key-value heads, D head width.
 """
 
 import math
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -57,6 +64,7 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
     ) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.num_sharing = config.context_parallel_size
 
     def forward(
         self,
@@ -84,6 +92,9 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
         """
         assert attention_mask is None
         assert attention_bias is None
+        if self.num_sharing > 1:
+            assert packed_seq_params is None
+            return self._attend_to_window(query, key, value)
         if packed_seq_params is None:
             context_BNTD = self._attend(*(heads.permute(1, 2, 0, 3) for heads in (query, key, value)))
             return context_BNTD.permute(2, 0, 1, 3).flatten(2)
@@ -95,6 +106,34 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
             for document in zip(*tokens, strict=True)
         ]
         return torch.cat(contexts).flatten(1).view(query.shape[1], query.shape[0], -1).transpose(0, 1).contiguous()
+
+    def _attend_to_window(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attend from the two pieces of this rank to all of the window before them; shapes as in ``forward``."""
+        rank = parallel_state.get_context_parallel_rank()
+        keys, values = self._gather_window(key), self._gather_window(value)
+        contexts = []
+        for number, piece in zip((rank, 2 * self.num_sharing - 1 - rank), query.chunk(2), strict=True):
+            stop = (number + 1) * len(piece)
+            context_BNTD = scaled_dot_product_attention(
+                piece.permute(1, 2, 0, 3),
+                keys[:stop].permute(1, 2, 0, 3),
+                values[:stop].permute(1, 2, 0, 3),
+                attn_mask=causal_lower_right(len(piece), stop),
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+            contexts.append(context_BNTD.permute(2, 0, 1, 3).flatten(2))
+        return torch.cat(contexts)
+
+    def _gather_window(self, heads: torch.Tensor) -> torch.Tensor:
+        """Gather the pieces of all ranks, [T / C, B, G, D] each, into a window [T, B, G, D] in its order."""
+        num_pieces = 2 * self.num_sharing
+        pieces = gather_from_sequence_parallel_region(
+            heads, group=parallel_state.get_context_parallel_group()
+        ).chunk(num_pieces)  # fmt: skip
+        front = [pieces[2 * number] for number in range(self.num_sharing)]
+        back = [pieces[2 * number + 1] for number in reversed(range(self.num_sharing))]
+        return torch.cat(front + back)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attend causally; query [B, N, T, D], key and value [B, G, T, D]; returns [B, N, T, D]."""

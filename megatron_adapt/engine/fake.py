@@ -32,9 +32,10 @@ from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, model_par
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_adapt.config import Layout
 from megatron_adapt.engine import cpu
 from megatron_adapt.engine.llama import LlamaModel
-from megatron_adapt.engine.parallel import Layout, quieten_engine
+from megatron_adapt.engine.parallel import make_groups, quieten_engine
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def start_fake_engine(layout: Layout, *, rank: int, world_size: int, on_gpu: boo
     """Set the engine up as one rank of a job; every tensor made inside is a fake one on the CPU.
 
     Args:
-        layout: tensor and pipeline sizes.
+        layout: how the model is spread over the ranks.
         rank: number of the rank.
         world_size: ranks of the job; a multiple of those that hold one copy of the model.
         on_gpu: whether operations shall keep what they keep on a GPU.
@@ -61,9 +62,7 @@ def start_fake_engine(layout: Layout, *, rank: int, world_size: int, on_gpu: boo
             norm,
         ):
             cpu.install()
-            parallel_state.initialize_model_parallel(
-                layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-            )
+            make_groups(layout)
             model_parallel_cuda_manual_seed(0, force_reset_rng=True)
             with FakeTensorMode():
                 yield

@@ -8,12 +8,17 @@ Weights are left uninitialised: they always come from a checkpoint.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    HAVE_TE,
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import (
@@ -25,9 +30,11 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_adapt.config import Layout
 from megatron_adapt.engine.attention import SDPACoreAttention
 from megatron_adapt.engine.norm import RMSNorm
-from megatron_adapt.engine.parallel import Layout, get_device
+from megatron_adapt.engine.parallel import get_device
+from megatron_adapt.errors import EngineError
 from megatron_adapt.shape import LlamaShape
 
 
@@ -90,10 +97,10 @@ class LlamaModel(GPTModel):  # type: ignore[misc]
             decoder.layers, decoder.final_layernorm = layers, norm
 
 
-def build_model(
+def build_chunks(
     shape: LlamaShape, *, padded_vocab_size: int, layout: Layout, seq_length: int, bf16: bool
-) -> LlamaModel:
-    """Build the part of the model that this rank holds, with uninitialised weights.
+) -> list[LlamaModel]:
+    """Build the parts of the model that this rank holds, with uninitialised weights.
 
     Args:
         shape: the model; its ``vocab_size`` is the true vocabulary.
@@ -101,23 +108,47 @@ def build_model(
         layout: must equal the layout the engine was started with.
         seq_length: longest sequence.
         bf16: bfloat16 weights, otherwise fp32.
+
+    Returns:
+        One part, or under a virtual pipeline several, in the order of their layers.
+
+    Raises:
+        EngineError: Transformer Engine was asked for and is not installed.
     """
     config = _make_config(shape, layout, bf16)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
-    block = TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    num_chunks = layout.virtual_pipeline_model_parallel_size
+    numbers = range(num_chunks) if num_chunks > 1 else [None]
+    return [_build_chunk(shape, config, layout, padded_vocab_size, seq_length, number) for number in numbers]
+
+
+def build_model(
+    shape: LlamaShape, *, padded_vocab_size: int, layout: Layout, seq_length: int, bf16: bool
+) -> LlamaModel:
+    """Build the one part that a rank holds without a virtual pipeline, as ``build_chunks``."""
+    (model,) = build_chunks(shape, padded_vocab_size=padded_vocab_size, layout=layout, seq_length=seq_length, bf16=bf16)
+    return model
+
+
+def _build_chunk(
+    shape: LlamaShape,
+    config: TransformerConfig,
+    layout: Layout,
+    padded_vocab_size: int,
+    seq_length: int,
+    number: int | None,
+) -> LlamaModel:
+    """Build one part of the model; ``number`` is that of a virtual pipeline."""
     model = LlamaModel(
         config=config,
-        transformer_layer_spec=block,
+        transformer_layer_spec=_make_block(config, layout, number),
         vocab_size=padded_vocab_size,
         max_sequence_length=seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=number),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=number),
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
         rotary_base=shape.rotary_base,
+        vp_stage=number,
     )
     model.true_vocab_size = shape.vocab_size
     if shape.rope_scaling is not None:
@@ -133,6 +164,23 @@ def build_model(
     _mark_split_weights(model)
     model.to(get_device())
     return model
+
+
+def _make_block(config: TransformerConfig, layout: Layout, number: int | None) -> TransformerBlockSubmodules:
+    """Name the classes of the layers of one part of the model."""
+    if layout.transformer_impl == "transformer_engine":
+        if not HAVE_TE:
+            raise EngineError(
+                'train.transformer_impl: "transformer_engine" is not installed here; install the extra gpu '
+                '(pip install "megatron_adapt[gpu]"), or use "local"'
+            )
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=number)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+    num_layers = get_num_layers_to_build(config, vp_stage=number)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
 def _mark_split_weights(model: LlamaModel) -> None:
@@ -170,8 +218,10 @@ def _make_config(shape: LlamaShape, layout: Layout, bf16: bool) -> TransformerCo
         params_dtype=dtype,
         pipeline_dtype=dtype,
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         sequence_parallel=layout.sequence_parallel,
+        context_parallel_size=layout.context_parallel_size,
+        **_split_pipeline(layout),
+        **_choose_recompute(layout),
         finalize_model_grads_func=finalize_model_grads,
         calculate_per_token_loss=True,
         # Kernels of Apex and Transformer Engine, which are not required.
@@ -182,3 +232,31 @@ def _make_config(shape: LlamaShape, layout: Layout, bf16: bool) -> TransformerCo
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
     )
+
+
+def _split_pipeline(layout: Layout) -> dict[str, Any]:
+    """Return what the engine's config says of pipeline stages."""
+    chunks = layout.virtual_pipeline_model_parallel_size
+    return {
+        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": chunks if chunks > 1 else None,
+        "num_layers_in_first_pipeline_stage": layout.num_layers_in_first_pipeline_stage or None,
+        "num_layers_in_last_pipeline_stage": layout.num_layers_in_last_pipeline_stage or None,
+        # Of two pipeline ranks each is before and behind the other; in one batch the engine mixes up what they send
+        # each other for different chunks, and the losses are wrong without an error.
+        "overlap_p2p_comm": chunks > 1,
+        "batch_p2p_comm": chunks == 1,
+    }
+
+
+def _choose_recompute(layout: Layout) -> dict[str, Any]:
+    """Return what the engine's config says of activations that are computed anew."""
+    if layout.recompute_granularity == "none":
+        return {}
+    if layout.recompute_granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(layout.recompute_modules)}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": layout.recompute_method,
+        "recompute_num_layers": layout.recompute_num_layers,
+    }

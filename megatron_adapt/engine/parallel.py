@@ -8,7 +8,6 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -16,33 +15,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_adapt.config import TrainSettings
+from megatron_adapt.config import Layout
 from megatron_adapt.engine import cpu
 
 _TIMEOUT = timedelta(minutes=10)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How a model is spread over the ranks; data parallelism takes the ranks that are left."""
-
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    sequence_parallel: bool = False
-
-    @classmethod
-    def of(cls, train: TrainSettings) -> "Layout":
-        """Return the layout of the settings of a run."""
-        return cls(
-            tensor_model_parallel_size=train.tensor_model_parallel_size,
-            pipeline_model_parallel_size=train.pipeline_model_parallel_size,
-            sequence_parallel=train.sequence_parallel,
-        )
-
-    @property
-    def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
 
 
 def get_device() -> torch.device:
@@ -55,20 +31,31 @@ def start_engine(layout: Layout, seed: int) -> Iterator[None]:
     """Set up the process group and megatron-core's groups; tear both down at the end.
 
     Args:
-        layout: tensor and pipeline sizes.
+        layout: how the model will be spread over the ranks.
         seed: seed of every random generator of the engine.
     """
     cpu.install()
     quieten_engine()
     _init_process_group()
     try:
-        parallel_state.initialize_model_parallel(layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size)
+        make_groups(layout)
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def make_groups(layout: Layout) -> None:
+    """Make the engine's groups of ranks; those of another layout must have been destroyed."""
+    chunks = layout.virtual_pipeline_model_parallel_size
+    parallel_state.initialize_model_parallel(
+        layout.tensor_model_parallel_size,
+        layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        context_parallel_size=layout.context_parallel_size,
+    )
 
 
 def _init_process_group() -> None:

@@ -25,6 +25,8 @@ class StageCosts:
     world_size: int
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
+    virtual_pipeline_model_parallel_size: int
+    context_parallel_size: int
     sequence_parallel: bool
     num_copies: int
     "Data-parallel ranks."
@@ -51,6 +53,8 @@ class StageCosts:
     num_saves: int
     sent_by_tensor: int
     "Bytes that a rank sends in a step, to its tensor-parallel ranks."
+    sent_by_context: int
+    "To the ranks that share its windows."
     sent_by_pipeline: int
     sent_by_data: int
     sent_by_tied: int
@@ -85,6 +89,7 @@ def count_costs(
         save_speed: bytes per second that the whole job writes.
     """
     train, stage, num_stages = job.train, job.stage, job.train.pipeline_model_parallel_size
+    num_parts = train.virtual_pipeline_model_parallel_size
     tokens_per_step = train.global_batch_size * train.seq_length
     steps = -(-stage.tokens // tokens_per_step)
     flops = tokens_per_step * count_flops(job.shape, job.padded_vocab_size, train.seq_length, stage.trainable)
@@ -99,6 +104,8 @@ def count_costs(
         world_size=job.world_size,
         tensor_model_parallel_size=train.tensor_model_parallel_size,
         pipeline_model_parallel_size=num_stages,
+        virtual_pipeline_model_parallel_size=train.virtual_pipeline_model_parallel_size,
+        context_parallel_size=train.context_parallel_size,
         sequence_parallel=train.sequence_parallel,
         num_copies=job.num_copies,
         parameters=parameters,
@@ -110,13 +117,14 @@ def count_costs(
         steps=steps,
         tokens_per_step=tokens_per_step,
         micro_batches=job.num_micro_batches,
-        bubble=(num_stages - 1) / (job.num_micro_batches + num_stages - 1),
+        bubble=(num_stages - 1) / (job.num_micro_batches * num_parts + num_stages - 1),
         flops_per_step=flops,
         days=flops * steps / (job.world_size * peak * mfu) / _SECONDS_OF_A_DAY if peak else None,
         checkpoint_bytes=checkpoint_bytes,
         save_seconds=checkpoint_bytes / save_speed,
         num_saves=math.ceil(steps / train.save_interval),
         sent_by_tensor=job.num_micro_batches * max(rank.sent_by_tensor for rank in ranks),
+        sent_by_context=job.num_micro_batches * max(rank.sent_by_context for rank in ranks),
         sent_by_pipeline=count_pipeline_traffic(job),
         sent_by_data=by_data,
         sent_by_tied=by_tied,
@@ -126,10 +134,11 @@ def count_costs(
 def count_pipeline_traffic(job: Job) -> int:
     """Count the bytes that the busiest rank sends along the pipeline in a step: hidden states on, gradients back."""
     train = job.train
-    values = train.micro_batch_size * train.seq_length * job.shape.hidden_size
+    length = train.seq_length // train.context_parallel_size
+    values = train.micro_batch_size * length * job.shape.hidden_size
     hidden = values * (2 if train.bf16 else 4) // (train.tensor_model_parallel_size if train.sequence_parallel else 1)
     ways = min(2, train.pipeline_model_parallel_size - 1)
-    return ways * hidden * job.num_micro_batches
+    return ways * hidden * job.num_micro_batches * train.virtual_pipeline_model_parallel_size
 
 
 def count_gradient_traffic(job: Job, gradient_bytes: int) -> tuple[int, int]:
@@ -138,7 +147,8 @@ def count_gradient_traffic(job: Job, gradient_bytes: int) -> tuple[int, int]:
     The distributed optimizer reduce-scatters fp32 gradients and gathers weights in their own type; without it
     gradients are all-reduced.
     """
-    train, copies = job.train, job.num_copies
+    # Ranks that share a window have gradients of its parts.
+    train, copies = job.train, job.num_copies * job.train.context_parallel_size
     weights = gradient_bytes // 4 * (2 if train.bf16 else 4)
     carried = gradient_bytes + (weights if train.use_distributed_optimizer else gradient_bytes)
     embedding = 4 * job.padded_vocab_size * job.shape.hidden_size // train.tensor_model_parallel_size

@@ -76,6 +76,11 @@ def plan_distillation(
             f"{where}: does not run at pipeline_model_parallel_size {train.pipeline_model_parallel_size}; launch this "
             "stage with 1 and split the matrices (tensor_model_parallel_size) instead"
         )
+    if train.context_parallel_size > 1:
+        raise ConfigError(
+            f"{where}: does not run at context_parallel_size {train.context_parallel_size}, its two readings of a "
+            "window differ in length; use 1"
+        )
     if stage.distillation_layer > shape.num_layers:
         raise ConfigError(
             f"{where}: the model has {shape.num_layers} layers, distillation_layer is {stage.distillation_layer}; use "

@@ -23,9 +23,9 @@ from megatron_adapt.data.sources import Source
 from megatron_adapt.data.stage_plans import carry_over, check_same, plan_stage
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.files import STAGE_FILE, read_json
+from megatron_adapt.parallelism import check_layout
 from megatron_adapt.recipe import Recipe
 from megatron_adapt.run_folder import PLAN_FILE, TRAINING_FILE, StagePlace, describe_training, find_stage
-from megatron_adapt.shape import check_layout
 from megatron_adapt.tokenizer.pieces import piece_bytes, read_tokenizer
 from megatron_adapt.train.distill import Distillation, plan_distillation
 from megatron_adapt.train.documents import find_eod
@@ -114,14 +114,7 @@ def open_inputs(recipe: Recipe, stage_name: str) -> StageInputs:
         raise CheckpointError(f"{place.initial}: the stage before is not finished; train it to its end first")
     initial = find_checkpoint(place.initial)
     description = read_description(initial)
-    check_layout(
-        description.shape,
-        tensor_model_parallel_size=settings.tensor_model_parallel_size,
-        pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
-        sequence_parallel=settings.sequence_parallel,
-        seq_length=settings.seq_length,
-        padded_vocab_size=description.padded_vocab_size,
-    )
+    check_layout(description.shape, settings, padded_vocab_size=description.padded_vocab_size)
     new_ids = find_new_ids(place.settings, place.initial / HF_FOLDER)
     if place.settings.carry_optimizer:
         _check_optimizer(initial, place.settings, settings, new_ids)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import product
 
 from megatron_adapt.errors import ConfigError
-from megatron_adapt.recipe import check_parallelism
+from megatron_adapt.parallelism import check_parallelism
 from megatron_adapt.train.flops import count_learning
 from megatron_adapt.train.memory import Job, RankMemory, measure_stages
 
@@ -50,6 +50,11 @@ def list_layouts(job: Job) -> Iterator[Job]:
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
             sequence_parallel=tensor > 1 and job.train.seq_length % tensor == 0,
+            # A proposal is plain: the layers evenly, in one part, the windows whole.
+            virtual_pipeline_model_parallel_size=1,
+            num_layers_in_first_pipeline_stage=0,
+            num_layers_in_last_pipeline_stage=0,
+            context_parallel_size=1,
         )
         candidate = replace(job, train=train)
         try:
@@ -65,6 +70,8 @@ def count_least(job: Job) -> float:
     learning = count_learning(job.shape, job.padded_vocab_size, job.stage.trainable)
     gradient, moments = _GRADIENT_AND_MOMENTS
     state = moments + (4 if job.train.bf16 else 0)
-    cut = job.num_copies if job.train.use_distributed_optimizer else 1
+    # Also ranks that share a window split the optimizer.
+    cut = job.num_copies * job.train.context_parallel_size if job.train.use_distributed_optimizer else 1
+    split = job.train.tensor_model_parallel_size * job.train.pipeline_model_parallel_size
     weights = whole.num_parameters * (2 if job.train.bf16 else 4)
-    return (weights + learning * (gradient + state / cut)) / job.layout.model_parallel_size
+    return (weights + learning * (gradient + state / cut)) / split

@@ -28,15 +28,15 @@ from megatron_adapt.config.names import get_language
 from megatron_adapt.data.plan import BlendPosition, write_plan
 from megatron_adapt.data.plan_table import describe_plan
 from megatron_adapt.data.stage_plans import check_trained
-from megatron_adapt.engine.llama import build_model
-from megatron_adapt.engine.parallel import Layout, get_device, start_engine
+from megatron_adapt.engine.llama import build_chunks
+from megatron_adapt.engine.parallel import get_device, start_engine
 from megatron_adapt.engine.trainable import freeze_rest
 from megatron_adapt.errors import EngineError
 from megatron_adapt.files import STAGE_FILE, write_stage
 from megatron_adapt.logs import MetricsWriter, is_main_rank
+from megatron_adapt.parallelism import check_launch
 from megatron_adapt.recipe import Recipe
 from megatron_adapt.run_folder import is_trained
-from megatron_adapt.shape import check_launch
 from megatron_adapt.train.documents import mask_eod
 from megatron_adapt.train.inputs import StageInputs, open_inputs
 from megatron_adapt.train.optimizer import Trainer, build_trainer
@@ -61,27 +61,20 @@ def train(recipe: Recipe, stage_name: str) -> None:
         _logger.info("stage %s: finished before", stage_name)
         return
     settings, description = recipe.train, inputs.description
-    layout = Layout.of(settings)
-    check_launch(
-        num_ranks=int(os.environ.get("WORLD_SIZE", "1")),
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        micro_batch_size=settings.micro_batch_size,
-        global_batch_size=settings.global_batch_size,
-    )
+    check_launch(settings, num_ranks=int(os.environ.get("WORLD_SIZE", "1")))
     _logger.info("stage %s\n%s", stage_name, describe_plan(inputs.blend.plan))
-    with start_engine(layout, settings.seed):
-        model = build_model(
+    with start_engine(settings, settings.seed):
+        chunks = build_chunks(
             description.shape,
             padded_vocab_size=description.padded_vocab_size,
-            layout=layout,
+            layout=settings,
             seq_length=settings.seq_length,
             bf16=settings.bf16,
         )
         stage = inputs.place.settings
         # Distillation stops before the head, which would learn nothing from it.
-        learning = freeze_rest(model, stage.trainable, head=inputs.distillation is None)
-        trainer = build_trainer(model, settings, stage, inputs.blend.plan.num_steps, inputs.new_ids)
+        learning = sum(freeze_rest(chunk, stage.trainable, head=inputs.distillation is None) for chunk in chunks)
+        trainer = build_trainer(chunks, settings, stage, inputs.blend.plan.num_steps, inputs.new_ids)
         learning -= sum(rows.num_values for rows in trainer.frozen_rows)
         _logger.info("stage %s: %s values of this rank learn", stage_name, f"{learning:,}")
         run_stage(trainer, inputs)
@@ -94,7 +87,7 @@ def run_stage(trainer: Trainer, inputs: StageInputs) -> None:
     if first == 0 and inputs.place.settings.carry_optimizer:
         load_trainer(inputs.initial, trainer)
     elif first == 0:
-        load_weights([trainer.bare_model], inputs.initial)
+        load_weights(trainer.bare_models, inputs.initial)
         trainer.optimizer.reload_model_params()
     if is_main_rank():
         inputs.root.mkdir(parents=True, exist_ok=True)
@@ -150,7 +143,8 @@ def run_steps(trainer: Trainer, inputs: StageInputs, first: int, stop: int, requ
         if step % settings.save_interval == 0 or step == stop:
             fingerprints = {name: source.fingerprint for name, source in inputs.blend.sources.items()}
             position = BlendPosition(inputs.blend.plan, _count_windows(inputs, step), fingerprints)
-            save_state(inputs.root, trainer, replace(description, step=step), inputs.training, position)
+            with trainer.hold_weights():
+                save_state(inputs.root, trainer, replace(description, step=step), inputs.training, position)
         if step == stop:
             break
     return stop
@@ -169,10 +163,11 @@ def validate(trainer: Trainer, inputs: StageInputs) -> dict[str, float]:
     """Measure the loss on every language's validation windows, in bits per byte."""
     token_bytes_V = torch.from_numpy(inputs.token_bytes_V).to(get_device())
     micro_batch_size, reset_at = inputs.settings.micro_batch_size, inputs.reset_at
-    return {
-        language: measure_bits_per_byte(trainer.model, windows, token_bytes_V, micro_batch_size, reset_at=reset_at)
-        for language, windows in inputs.valid.items()
-    }
+    with trainer.hold_weights():
+        return {
+            language: measure_bits_per_byte(trainer.models, windows, token_bytes_V, micro_batch_size, reset_at=reset_at)
+            for language, windows in inputs.valid.items()
+        }
 
 
 def _count_windows(inputs: StageInputs, step: int) -> tuple[int, ...]:

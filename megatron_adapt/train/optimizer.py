@@ -1,5 +1,7 @@
 """Gradient buffers, optimizer and learning rate of one stage, all of them megatron-core's."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,21 +22,34 @@ from megatron_adapt.train.schedule import build_schedule
 class Trainer:
     """What one rank trains with: its wrapped model, the optimizer and the schedule."""
 
-    model: DistributedDataParallel
+    models: list[DistributedDataParallel]
+    "The parts of the model on this rank: one, or several under a virtual pipeline."
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     frozen_rows: tuple[FrozenRows, ...] = ()
     "Rows that do not learn, of matrices that do."
 
     @property
-    def bare_model(self) -> LlamaModel:
-        """The model without its gradient buffers."""
-        model: LlamaModel = self.model.module
-        return model
+    def bare_models(self) -> list[LlamaModel]:
+        """The parts of the model without their gradient buffers."""
+        return [model.module for model in self.models]
+
+    @contextmanager
+    def hold_weights(self) -> Iterator[None]:
+        """Hold all weights of the last step for as long as the block lasts: to save or to validate.
+
+        Under ``overlap_param_gather`` a rank has only its part of them until the next forward pass gathers the rest.
+        """
+        gathering = [model for model in self.models if model.ddp_config.overlap_param_gather]
+        for model in gathering:
+            model.disable_forward_pre_hook(param_sync=True)
+        yield
+        for model in gathering:
+            model.enable_forward_pre_hook()
 
 
 def build_trainer(
-    model: LlamaModel,
+    models: list[LlamaModel],
     train: TrainSettings,
     stage: StageSettings,
     num_steps: int,
@@ -43,7 +58,7 @@ def build_trainer(
     """Wrap a frozen-as-wanted model and build its optimizer and schedule.
 
     Args:
-        model: the part of this rank; parameters that do not learn are frozen already.
+        models: the parts on this rank; parameters that do not learn are frozen already.
         train: settings of the run.
         stage: settings of the stage.
         num_steps: optimizer steps of the stage.
@@ -52,13 +67,10 @@ def build_trainer(
     frozen_rows: tuple[FrozenRows, ...] = ()
     if stage.trainable == "new_rows":
         assert new_ids is not None
-        frozen_rows = find_frozen_rows(model, new_ids)
+        frozen_rows = tuple(rows for model in models for rows in find_frozen_rows(model, new_ids))
     adam.install()
     reshard.install()
-    buffers = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=train.use_distributed_optimizer
-    )
-    wrapped = DistributedDataParallel(config=model.config, ddp_config=buffers, module=model)
+    wrapped = _wrap(models, train)
     config = OptimizerConfig(
         optimizer="adam",
         lr=stage.lr,
@@ -71,9 +83,31 @@ def build_trainer(
         bf16=train.bf16,
         params_dtype=torch.bfloat16 if train.bf16 else torch.float32,
         use_distributed_optimizer=train.use_distributed_optimizer,
+        overlap_param_gather=train.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(config, [wrapped])
+    optimizer = get_megatron_optimizer(config, wrapped)
     return Trainer(wrapped, optimizer, build_schedule(optimizer, stage, num_steps, config.weight_decay), frozen_rows)
+
+
+def _wrap(models: list[LlamaModel], train: TrainSettings) -> list[DistributedDataParallel]:
+    """Give the parts of the model gradient buffers, and the engine's schedule what it needs to overlap with them."""
+    buffers = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=train.use_distributed_optimizer,
+        overlap_grad_reduce=train.overlap_grad_reduce,
+        overlap_param_gather=train.overlap_param_gather,
+        bucket_size=train.ddp_bucket_size or None,
+    )
+    config = models[0].config
+    # What the parts behind the first one send lies behind their arithmetic anyway, so they have one bucket each.
+    wrapped = [
+        DistributedDataParallel(config=config, ddp_config=buffers, module=model, disable_bucketing=at > 0)
+        for at, model in enumerate(models)
+    ]
+    if train.overlap_grad_reduce:
+        pauses = [model.no_sync for model in wrapped]
+        config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
+    return wrapped
 
 
 def _get_weight_decay(train: TrainSettings, stage: StageSettings) -> float:

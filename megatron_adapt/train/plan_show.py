@@ -31,7 +31,9 @@ def show_costs(costs: StageCosts, other: StageCosts | None, config: PlanRun, *, 
 def _name_layout(costs: StageCosts) -> str:
     sequence = " + SP" if costs.sequence_parallel else ""
     tensor, pipeline = costs.tensor_model_parallel_size, costs.pipeline_model_parallel_size
-    return f"TP {tensor}{sequence} x PP {pipeline} x DP {costs.num_copies}"
+    parts, shared = costs.virtual_pipeline_model_parallel_size, costs.context_parallel_size
+    virtual, context = f" (VPP {parts})" if parts > 1 else "", f" x CP {shared}" if shared > 1 else ""
+    return f"TP {tensor}{sequence} x PP {pipeline}{virtual}{context} x DP {costs.num_copies}"
 
 
 def _make_table(costs: StageCosts) -> list[str]:
@@ -67,6 +69,7 @@ def _list_totals(costs: StageCosts, config: PlanRun) -> list[str]:
     days = "" if costs.days is None else f", {costs.days:,.3g} days at {config.mfu:g} of the peak of {config.device}"
     sent = {
         "tensor": costs.sent_by_tensor,
+        "context": costs.sent_by_context,
         "pipeline": costs.sent_by_pipeline,
         "data": costs.sent_by_data,
         "tied embedding": costs.sent_by_tied,

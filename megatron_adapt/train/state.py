@@ -34,7 +34,7 @@ from megatron_adapt.checkpoint.root import (
     write_description,
     write_latest,
 )
-from megatron_adapt.checkpoint.weights import weights_state_dict
+from megatron_adapt.checkpoint.weights import name_chunks, weights_state_dict
 from megatron_adapt.data.plan import BlendPosition, write_plan
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.files import read_json, to_plain, write_json
@@ -125,7 +125,8 @@ def load_trainer(folder: Path, trainer: Trainer) -> None:
     state = _sharded_state(trainer, is_loading=True)
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _data_parallel_group())
     loaded = dist_checkpointing.load(state, str(folder), strategy)
-    trainer.bare_model.load_state_dict(loaded["model"])
+    for name, model in zip(name_chunks(trainer.bare_models), trainer.bare_models, strict=True):
+        model.load_state_dict(loaded[name])
     _load_optimizer(trainer.optimizer, loaded["optimizer"])
 
 
@@ -146,7 +147,7 @@ def _sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": _data_parallel_group(),
     }
-    state: dict[str, Any] = weights_state_dict([trainer.bare_model])
+    state: dict[str, Any] = weights_state_dict(trainer.bare_models)
     state["optimizer"] = trainer.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     return state
 

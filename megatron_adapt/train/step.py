@@ -8,7 +8,7 @@ Every rank reads the windows, so every pipeline stage finds the documents in its
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_batch_on_this_cp_rank
 from numpy.typing import NDArray
 
 from megatron_adapt.engine.attention import pack_documents
@@ -60,14 +61,15 @@ def train_step(
         reset_at: end-of-document id behind which attention starts anew; None where it spans documents.
         distillation: compare hidden states with those of the old pieces; None predicts the next token.
     """
-    trainer.model.zero_grad_buffer()
+    for model in trainer.models:
+        model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     if loss_mask is None:
         loss_mask = np.ones_like(windows[:, 1:], dtype=bool)
     forward = partial(_forward_step, None, reset_at)
     if distillation is not None:
         forward = partial(_forward_distillation, distillation, reset_at)
-    sums = _run_schedule(trainer.model, forward, windows, loss_mask, micro_batch_size, learn=True)
+    sums = _run_schedule(trainer.models, forward, windows, loss_mask, micro_batch_size, learn=True)
     trainer.schedule.step(increment=1)
     for rows in trainer.frozen_rows:
         rows.zero_gradient()
@@ -79,7 +81,7 @@ def train_step(
 
 
 def measure_bits_per_byte(
-    model: torch.nn.Module,
+    models: Sequence[torch.nn.Module],
     windows: NDArray[np.int64],
     token_bytes_V: torch.Tensor,
     micro_batch_size: int,
@@ -91,27 +93,31 @@ def measure_bits_per_byte(
     Tokens that stand for no text (special tokens) count neither as loss nor as bytes.
 
     Args:
-        model: wrapped model of this rank.
+        models: parts of the wrapped model on this rank.
         windows: [number, T + 1] token ids.
         token_bytes_V: bytes of text of every token id.
         micro_batch_size: windows in one forward pass.
         reset_at: end-of-document id behind which attention starts anew; None where it spans documents.
     """
-    per_pass = micro_batch_size * parallel_state.get_data_parallel_world_size()
+    # The interleaved schedule of several parts sends micro-batches in groups of one per pipeline stage.
+    group = parallel_state.get_pipeline_model_parallel_world_size() if len(models) > 1 else 1
+    per_pass = micro_batch_size * parallel_state.get_data_parallel_world_size() * group
     missing = -len(windows) % per_pass
     padded = np.concatenate([windows, np.repeat(windows[:1], missing, axis=0)])
     loss_mask = np.ones_like(padded[:, 1:], dtype=bool)
     loss_mask[len(windows) :] = False
     forward = partial(_forward_step, token_bytes_V, reset_at)
-    model.eval()
+    for model in models:
+        model.eval()
     with torch.no_grad():
-        sums = _run_schedule(model, forward, padded, loss_mask, micro_batch_size, learn=False)
-    model.train()
+        sums = _run_schedule(models, forward, padded, loss_mask, micro_batch_size, learn=False)
+    for model in models:
+        model.train()
     return float(sums[0] / sums[1]) / math.log(2)
 
 
 def _run_schedule(
-    model: torch.nn.Module,
+    models: Sequence[torch.nn.Module],
     forward: Callable[..., tuple[torch.Tensor, Any]],
     windows: NDArray[np.int64],
     loss_mask: NDArray[np.bool_],
@@ -126,10 +132,12 @@ def _run_schedule(
     """
     own = _take_data_parallel_part(windows, micro_batch_size)
     own_mask = _take_data_parallel_part(loss_mask, micro_batch_size)
+    # Each part of the model takes every micro-batch by itself.
+    batches = [zip(own, own_mask, strict=True) for _ in models]
     reports = get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=zip(own, own_mask, strict=True),
-        model=[model],
+        data_iterator=batches if len(models) > 1 else batches[0],
+        model=list(models),
         num_microbatches=len(own),
         seq_length=windows.shape[1] - 1,
         micro_batch_size=micro_batch_size,
@@ -138,7 +146,7 @@ def _run_schedule(
     sums = torch.zeros(3, dtype=torch.float64, device=get_device())
     for report in reports:  # only the last pipeline stage has any
         sums += report["sums"]
-    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.broadcast(
         sums,
         src=parallel_state.get_pipeline_model_parallel_last_rank(),
@@ -164,15 +172,22 @@ def _forward_step(
     ids = torch.from_numpy(windows).to(get_device())
     inputs_BT, labels_BT = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     positions_BT = torch.arange(inputs_BT.shape[1], device=ids.device).expand_as(inputs_BT)
+    weights_BT = torch.from_numpy(loss_mask).to(ids.device).float()
+    if token_bytes_V is not None:
+        weights_BT = weights_BT * token_bytes_V[labels_BT]
+    inputs_BT, labels_BT, positions_BT, weights_BT = _take_context_part(inputs_BT, labels_BT, positions_BT, weights_BT)
     documents = None
     if reset_at is not None:
         cu_seqlens = find_documents(windows[:, :-1], reset_at)
         documents = pack_documents(torch.from_numpy(cu_seqlens), inputs_BT.shape[1])
     output = model(inputs_BT, positions_BT, None, labels=labels_BT, packed_seq_params=documents)
-    weights_BT = torch.from_numpy(loss_mask).to(ids.device).float()
-    if token_bytes_V is not None:
-        weights_BT = weights_BT * token_bytes_V[labels_BT]
     return output, partial(_sum_loss, weights_BT)
+
+
+def _take_context_part(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Cut tensors [B, T] into what this rank has of a window that several ranks share."""
+    part: dict[int, torch.Tensor] = get_batch_on_this_cp_rank(dict(enumerate(tensors)))
+    return [part[at].contiguous() for at in range(len(tensors))]
 
 
 def _forward_distillation(

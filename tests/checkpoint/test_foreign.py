@@ -17,8 +17,9 @@ from megatron_adapt.checkpoint.hf import read_hf_shape
 from megatron_adapt.checkpoint.inspect import describe_megatron
 from megatron_adapt.checkpoint.opened import open_checkpoint
 from megatron_adapt.checkpoint.root import read_description
+from megatron_adapt.config import Layout
 from megatron_adapt.engine.llama import build_model
-from megatron_adapt.engine.parallel import Layout, start_engine
+from megatron_adapt.engine.parallel import start_engine
 from megatron_adapt.errors import CheckpointError, ConfigError
 from tests.helpers.fused import fuse_weights, make_arguments
 from tests.helpers.spawn import run_ranks

@@ -13,9 +13,9 @@ from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.dist import DistReader
 from megatron_adapt.checkpoint.root import read_description
 from megatron_adapt.checkpoint.weights import weights_state_dict
-from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint
+from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint, Layout
 from megatron_adapt.engine.llama import _make_config
-from megatron_adapt.engine.parallel import Layout, start_engine
+from megatron_adapt.engine.parallel import start_engine
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tensors import compare_shards
 from tests.helpers.tiny import write_llama

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.transformer.enums import AttnMaskType
 
+from megatron_adapt.config import Layout
 from megatron_adapt.engine.attention import SDPACoreAttention, pack_documents
 from megatron_adapt.engine.llama import build_model
-from megatron_adapt.engine.parallel import Layout, start_engine
+from megatron_adapt.engine.parallel import start_engine
 from megatron_adapt.shape import LlamaShape, RopeScaling
 
 T, B, N, D = 9, 2, 6, 8

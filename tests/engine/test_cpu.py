@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
+from megatron_adapt.config import Layout
 from megatron_adapt.engine import cpu
-from megatron_adapt.engine.parallel import Layout, start_engine
+from megatron_adapt.engine.parallel import start_engine
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA the stand-ins are not installed")
 

@@ -4,8 +4,9 @@ import torch
 from megatron.core import parallel_state
 from torch.nn.functional import cross_entropy
 
+from megatron_adapt.config import Layout
 from megatron_adapt.engine.llama import build_model
-from megatron_adapt.engine.parallel import Layout, start_engine
+from megatron_adapt.engine.parallel import start_engine
 from megatron_adapt.engine.trainable import TRAINABLE, freeze_rest
 from megatron_adapt.shape import LlamaShape
 from tests.helpers.spawn import run_ranks

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_adapt.config import StageSettings, TrainSettings
+from megatron_adapt.config import Layout, StageSettings, TrainSettings
 from megatron_adapt.engine.llama import build_model
-from megatron_adapt.engine.parallel import Layout, start_engine
+from megatron_adapt.engine.parallel import start_engine
 from megatron_adapt.engine.trainable import freeze_rest
 from megatron_adapt.shape import LlamaShape
 from megatron_adapt.train.optimizer import build_trainer
@@ -38,7 +38,7 @@ def main(asked):
             bf16=train.bf16,
         )  # fmt: skip
         freeze_rest(model, stage.trainable)
-        trainer = build_trainer(model, train, stage, NUM_STEPS)
+        trainer = build_trainer([model], train, stage, NUM_STEPS)
         with torch.no_grad():
             for weight in model.parameters():
                 weight.fill_(0.01) if weight.dim() > 1 else weight.fill_(1.0)

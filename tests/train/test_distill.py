@@ -14,9 +14,9 @@ from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.dist import DistReader
 from megatron_adapt.checkpoint.root import find_checkpoint, read_description
 from megatron_adapt.checkpoint.weights import load_weights
-from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint, StageSettings, TrainSettings
+from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint, Layout, StageSettings, TrainSettings
 from megatron_adapt.engine.llama import build_model
-from megatron_adapt.engine.parallel import Layout, start_engine
+from megatron_adapt.engine.parallel import make_groups, start_engine
 from megatron_adapt.engine.trainable import freeze_rest
 from megatron_adapt.errors import CheckpointError, ConfigError
 from megatron_adapt.run_folder import describe_training
@@ -126,8 +126,8 @@ def make_trainer(weights, layout, train, num_steps=NUM_STEPS):
     description = read_description(weights)
     model = build_model(description.shape, padded_vocab_size=PADDED, layout=layout, seq_length=T, bf16=train.bf16)
     freeze_rest(model, STAGE.trainable, head=False)
-    trainer = build_trainer(model, train, STAGE, num_steps, np.array(list(PIECES)))
-    load_weights([trainer.bare_model], weights)
+    trainer = build_trainer([model], train, STAGE, num_steps, np.array(list(PIECES)))
+    load_weights(trainer.bare_models, weights)
     trainer.optimizer.reload_model_params()
     return trainer
 
@@ -166,13 +166,14 @@ def test_loss_is_the_mean_squared_error_of_both_readings_from_the_first_new_toke
     with start_engine(Layout(), seed=1):
         trainer = make_trainer(weights[False], Layout(), TrainSettings(bf16=False))
         distillation = spell_new_tokens(SCATTERED, layer=layer, max_positions=128)
-        expected = compute_by_hand(trainer.bare_model, make_windows(), layer=layer, reset_at=reset_at)
+        expected = compute_by_hand(trainer.bare_models[0], make_windows(), layer=layer, reset_at=reset_at)
         report = train_step(trainer, make_windows(), 2, reset_at=reset_at, distillation=distillation)
         assert report.loss == pytest.approx(np.mean(expected), rel=1e-5)
         assert report.num_left_out == 0
         assert report.grad_norm > 0
         # The model itself is whole again.
-        assert trainer.bare_model(torch.zeros(1, 2, dtype=torch.long), torch.arange(2)[None], None).shape[-1] == PADDED
+        ids = torch.zeros(1, 2, dtype=torch.long)
+        assert trainer.bare_models[0](ids, torch.arange(2)[None], None).shape[-1] == PADDED
 
 
 def test_what_the_teacher_cannot_reach_is_left_out_and_counted(weights):
@@ -180,7 +181,7 @@ def test_what_the_teacher_cannot_reach_is_left_out_and_counted(weights):
     plans = [spell_new_tokens(SCATTERED, layer=-1, max_positions=size) for size in (128, limit)]
     with start_engine(Layout(), seed=1):
         trainer = make_trainer(weights[False], Layout(), TrainSettings(bf16=False))
-        whole, cut = (compare_hidden_states(plan, trainer.bare_model, windows[:, :-1], None) for plan in plans)
+        whole, cut = (compare_hidden_states(plan, trainer.bare_models[0], windows[:, :-1], None) for plan in plans)
         report = train_step(trainer, windows, 1, distillation=plans[1])
     assert whole[1].sum() == cut[1].sum() + cut[2].sum()
     assert not whole[2].any()
@@ -192,10 +193,10 @@ def test_a_batch_without_new_tokens_has_a_loss_of_zero_and_moves_nothing(weights
     windows = np.tile(np.arange(40, 40 + T + 1), (2, 1))
     with start_engine(Layout(), seed=1):
         trainer = make_trainer(weights[False], Layout(), TrainSettings(bf16=False))
-        before = [parameter.detach().clone() for parameter in trainer.bare_model.parameters()]
+        before = [parameter.detach().clone() for parameter in trainer.bare_models[0].parameters()]
         report = train_step(trainer, windows, 2, distillation=spell_new_tokens(SCATTERED, layer=-1, max_positions=99))
         assert (report.loss, report.grad_norm) == (0.0, 0.0)
-        assert all(map(torch.equal, before, trainer.bare_model.parameters()))
+        assert all(map(torch.equal, before, trainer.bare_models[0].parameters()))
 
 
 def test_a_token_of_one_piece_learns_to_be_read_as_that_piece(weights):
@@ -207,7 +208,7 @@ def test_a_token_of_one_piece_learns_to_be_read_as_that_piece(weights):
     distillation = spell_new_tokens(one_by_one, layer=-1, max_positions=128)
     with start_engine(Layout(), seed=1):
         trainer = make_trainer(weights[False], Layout(), TrainSettings(bf16=False), num_steps=200)
-        matrix = trainer.bare_model.embedding.word_embeddings.weight.detach()
+        matrix = trainer.bare_models[0].embedding.word_embeddings.weight.detach()
         noise = torch.randn(len(pieces), matrix.shape[1], generator=torch.Generator().manual_seed(0))
         matrix[list(pieces)] = matrix[[5, 10, 200]] + 0.15 * noise
         trainer.optimizer.reload_model_params()
@@ -228,10 +229,10 @@ def run_steps(weights, layout, settings, layer):
     train = TrainSettings(**{"bf16": False, **settings})
     trainer = make_trainer(weights, layout, train)
     distillation = spell_new_tokens(SCATTERED, layer=layer, max_positions=128)
-    before = {name: value.detach().clone() for name, value in trainer.bare_model.named_parameters()}
+    before = {name: value.detach().clone() for name, value in trainer.bare_models[0].named_parameters()}
     step = partial(train_step, trainer, make_windows(), 2, reset_at=EOD, distillation=distillation)
     reports = [step() for _ in range(NUM_STEPS)]
-    after = dict(trainer.bare_model.named_parameters())
+    after = dict(trainer.bare_models[0].named_parameters())
     kind = torch.int16 if train.bf16 else torch.int32
     changed = {name: value.detach().view(kind) != before[name].view(kind) for name, value in after.items()}
     rows = changed.pop("embedding.word_embeddings.weight").any(-1)
@@ -247,7 +248,7 @@ def _run_cases(weights):
         for tied, folder in weights.items():
             for name, (layout, settings) in CASES.items():
                 parallel_state.destroy_model_parallel()
-                parallel_state.initialize_model_parallel(layout.tensor_model_parallel_size, 1)
+                make_groups(layout)
                 # Also a layer before the last one.
                 found[tied, name] = run_steps(folder, layout, settings, 1 if tied else -1)
     return found

@@ -16,10 +16,17 @@ from tokenizers import Tokenizer, pre_tokenizers
 from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.root import HF_FOLDER, find_checkpoint, read_description
 from megatron_adapt.checkpoint.weights import load_weights
-from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint, ResizeVocab, StageSettings, TrainSettings
+from megatron_adapt.config import (
+    CheckpointSettings,
+    ConvertCheckpoint,
+    Layout,
+    ResizeVocab,
+    StageSettings,
+    TrainSettings,
+)
 from megatron_adapt.data.plan import BlendPosition, make_plan
 from megatron_adapt.engine.llama import build_model
-from megatron_adapt.engine.parallel import Layout, start_engine
+from megatron_adapt.engine.parallel import start_engine
 from megatron_adapt.engine.trainable import freeze_rest
 from megatron_adapt.tokenizer.id_map import read_id_map
 from megatron_adapt.tokenizer.pieces import piece_bytes, read_tokenizer
@@ -77,13 +84,13 @@ def build(description, stage, num_steps, new_ids=None):
         description.shape, padded_vocab_size=PADDED, layout=Layout(), seq_length=T, bf16=False
     )  # fmt: skip
     freeze_rest(model, stage.trainable, head=stage.objective == "language_modeling")
-    return build_trainer(model, TrainSettings(bf16=False), stage, num_steps, new_ids)
+    return build_trainer([model], TrainSettings(bf16=False), stage, num_steps, new_ids)
 
 
 def measure(trainer, tokenizer, language):
     sizes = [len(piece) for piece in piece_bytes(read_tokenizer(tokenizer))]
     bytes_V = torch.tensor(sizes + [0] * (PADDED - len(sizes)))
-    return measure_bits_per_byte(trainer.model, make_windows(tokenizer, language, 64, seed=99), bytes_V, 16)
+    return measure_bits_per_byte(trainer.models, make_windows(tokenizer, language, 64, seed=99), bytes_V, 16)
 
 
 def train_base(initial, root, tokenizer):
@@ -92,7 +99,7 @@ def train_base(initial, root, tokenizer):
     batches = np.concatenate([half.reshape(BASE_STEPS, -1, T + 1) for half in halves], axis=1)
     with start_engine(Layout(), seed=1):
         trainer = build(description, BASE, BASE_STEPS)
-        load_weights([trainer.bare_model], initial)
+        load_weights(trainer.bare_models, initial)
         trainer.optimizer.reload_model_params()
         for batch in batches:
             train_step(trainer, batch, BATCH)
@@ -121,7 +128,7 @@ def test_distilled_rows_read_the_new_language_better_than_subtoken_mean_and_the_
     folder = find_checkpoint(tmp_path / "resized")
     with start_engine(Layout(), seed=1):
         trainer = build(read_description(folder), DISTIL, STEPS, np.array(list(id_map.pieces)))
-        load_weights([trainer.bare_model], folder)
+        load_weights(trainer.bare_models, folder)
         trainer.optimizer.reload_model_params()
         before = {language: measure(trainer, new, language) for language in WORDS}
         windows = make_windows(new, "xx", STEPS * BATCH, seed=7).reshape(STEPS, BATCH, T + 1)

@@ -44,8 +44,8 @@ def test_weights_are_those_of_the_shape_and_of_the_engine(tied, qkv_bias):
     weights = dict(list_weights(shape, PADDED))
     assert sum(weights.values()) == replace(shape, vocab_size=PADDED).num_parameters
     job = make_job(shape)
-    with start_fake_engine(job.layout, rank=0, world_size=1, on_gpu=True):
-        model = build_model(shape, padded_vocab_size=PADDED, layout=job.layout, seq_length=128, bf16=True)
+    with start_fake_engine(job.train, rank=0, world_size=1, on_gpu=True):
+        model = build_model(shape, padded_vocab_size=PADDED, layout=job.train, seq_length=128, bf16=True)
         assert {name: weight.numel() for name, weight in model.named_parameters()} == weights
         for trainable in ("embeddings", "all"):
             assert freeze_rest(model, trainable) == count_learning(shape, PADDED, trainable)
@@ -54,8 +54,8 @@ def test_weights_are_those_of_the_shape_and_of_the_engine(tied, qkv_bias):
 @pytest.mark.parametrize("trainable", ["all", "embeddings"])
 def test_torch_counts_the_same_matrix_products(trainable):
     job = make_job()
-    with start_fake_engine(job.layout, rank=0, world_size=1, on_gpu=True):
-        model = build_model(SHAPE, padded_vocab_size=PADDED, layout=job.layout, seq_length=128, bf16=True)
+    with start_fake_engine(job.train, rank=0, world_size=1, on_gpu=True):
+        model = build_model(SHAPE, padded_vocab_size=PADDED, layout=job.train, seq_length=128, bf16=True)
         freeze_rest(model, trainable)
         with FlopCounterMode(display=False) as counter:
             run_forward_backward(job, model)

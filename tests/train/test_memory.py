@@ -11,9 +11,8 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_adapt.config import StageSettings, TrainSettings
+from megatron_adapt.config import Layout, StageSettings, TrainSettings
 from megatron_adapt.engine.fake import start_fake_engine
-from megatron_adapt.engine.parallel import Layout
 from megatron_adapt.shape import LlamaShape
 from megatron_adapt.train.memory import Job, LiveBytes, measure_rank, measure_stages
 
@@ -84,7 +83,7 @@ def test_all_ranks_of_a_stage_hold_the_same():
     found = []
     for rank in range(8):
         # Ranks of a stage are consecutive.
-        with start_fake_engine(job.layout, rank=rank, world_size=8, on_gpu=True):
+        with start_fake_engine(job.train, rank=rank, world_size=8, on_gpu=True):
             found.append(parallel_state.get_pipeline_model_parallel_rank())
     assert found == [0] * 4 + [1] * 4
 

@@ -12,9 +12,9 @@ from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.dist import DistReader
 from megatron_adapt.checkpoint.root import find_checkpoint, read_description
 from megatron_adapt.checkpoint.weights import load_weights
-from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint, StageSettings, TrainSettings
+from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint, Layout, StageSettings, TrainSettings
 from megatron_adapt.engine.llama import build_model
-from megatron_adapt.engine.parallel import Layout, start_engine
+from megatron_adapt.engine.parallel import make_groups, start_engine
 from megatron_adapt.engine.trainable import freeze_rest
 from megatron_adapt.errors import CheckpointError, ConfigError
 from megatron_adapt.train.optimizer import build_trainer
@@ -58,8 +58,8 @@ def make_trainer(weights, layout, train, stage=STAGE):
         description.shape, padded_vocab_size=PADDED, layout=layout, seq_length=T, bf16=train.bf16
     )  # fmt: skip
     freeze_rest(model, stage.trainable)
-    trainer = build_trainer(model, train, stage, NUM_STEPS, SCATTERED)
-    load_weights([trainer.bare_model], weights)
+    trainer = build_trainer([model], train, stage, NUM_STEPS, SCATTERED)
+    load_weights(trainer.bare_models, weights)
     trainer.optimizer.reload_model_params()
     return trainer
 
@@ -67,10 +67,10 @@ def make_trainer(weights, layout, train, stage=STAGE):
 def run_steps(weights, layout, train, stage=STAGE):
     """Return losses and norms of some steps, the ids whose rows changed by a bit per matrix, and what else changed."""
     trainer = make_trainer(weights, layout, train, stage)
-    before = {name: value.detach().clone() for name, value in trainer.bare_model.named_parameters()}
+    before = {name: value.detach().clone() for name, value in trainer.bare_models[0].named_parameters()}
     reports = [train_step(trainer, make_windows(), 2) for _ in range(NUM_STEPS)]
     rows, others = {}, []
-    for name, value in trainer.bare_model.named_parameters():
+    for name, value in trainer.bare_models[0].named_parameters():
         kind = torch.int16 if train.bf16 else torch.int32
         changed = value.detach().view(kind) != before[name].view(kind)
         if name in MATRICES:
@@ -84,7 +84,7 @@ def run_steps(weights, layout, train, stage=STAGE):
 
 def _find_cut(trainer):
     """Return where in a row the distributed optimizer cuts the buffer between two ranks."""
-    buffer = trainer.model.buffers[0] if trainer.model.buffers else None
+    buffer = trainer.models[0].buffers[0] if trainer.models[0].buffers else None
     return None if buffer is None else buffer.numel // 2 % 20
 
 
@@ -109,8 +109,7 @@ def _run_cases(weights):
         for tied, folder in weights.items():
             for name, (layout, settings) in CASES.items():
                 parallel_state.destroy_model_parallel()
-                sizes = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-                parallel_state.initialize_model_parallel(*sizes)
+                make_groups(layout)
                 found[tied, name] = run_steps(folder, layout, TrainSettings(**{"bf16": False, **settings}))
     return found
 
@@ -147,7 +146,7 @@ def test_new_rows_alone_change_under_every_layout_and_the_losses_are_the_same(we
 def test_the_norm_that_is_clipped_is_that_of_the_new_rows(weights):
     with start_engine(Layout(), seed=1):
         trainer = make_trainer(weights[False], Layout(), TrainSettings(bf16=False))
-        windows, model = torch.tensor(make_windows()), trainer.bare_model
+        windows, model = torch.tensor(make_windows()), trainer.bare_models[0]
         logits = model(windows[:, :-1], torch.arange(T).expand(4, T), None)[..., :ROWS]
         mean = cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]

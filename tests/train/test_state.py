@@ -4,18 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_adapt.checkpoint.root import Description
+from megatron_adapt.config import Layout, StageSettings, TrainSettings
 from megatron_adapt.data.plan import BlendPosition, make_plan
 from megatron_adapt.engine import adam, reshard
 from megatron_adapt.engine.llama import build_model
-from megatron_adapt.engine.parallel import Layout, start_engine
+from megatron_adapt.engine.parallel import start_engine
 from megatron_adapt.shape import LlamaShape
-from megatron_adapt.train.optimizer import Trainer
+from megatron_adapt.train.optimizer import build_trainer
 from megatron_adapt.train.state import load_state, save_state
 from tests.helpers.spawn import run_ranks
 
@@ -26,6 +24,7 @@ SHAPE = LlamaShape(
 DESCRIPTION = Description(
     shape=SHAPE, true_vocab_size=90, padded_vocab_size=90, tokenizer_fingerprint="x", step=2, dtype="float32"
 )
+STAGE = StageSettings(name="one", tokens=1, blend={"en": 1.0}, lr=1e-2, lr_decay_style="constant")
 PLAN = make_plan({"en": 1.0}, 64, {"en": 999}, seq_length=8, global_batch_size=4, seed=1)
 POSITION = BlendPosition(PLAN, (8,), {"en": "data"})
 
@@ -36,22 +35,13 @@ def build_bucketed(seed):
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-    buckets = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=True, bucket_size=2000
-    )
-    wrapped = DistributedDataParallel(config=model.config, ddp_config=buckets, module=model)
-    config = OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=True, clip_grad=0.0)
-    optimizer = get_megatron_optimizer(config, [wrapped])
-    schedule = OptimizerParamScheduler(
-        optimizer, init_lr=1e-2, max_lr=1e-2, min_lr=1e-2, lr_warmup_steps=0, lr_decay_steps=10,
-        lr_decay_style="constant", start_wd=0.1, end_wd=0.1, wd_incr_steps=10, wd_incr_style="constant",
-    )  # fmt: skip
-    return Trainer(wrapped, optimizer, schedule)
+    train = TrainSettings(bf16=False, clip_grad=0.0, overlap_grad_reduce=True, ddp_bucket_size=2000)
+    return build_trainer([model], train, STAGE, num_steps=10)
 
 
 def step_with_known_gradients(trainer, step):
     generator = torch.Generator().manual_seed(step)
-    for parameter in trainer.bare_model.parameters():
+    for parameter in trainer.bare_models[0].parameters():
         parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
     trainer.optimizer.step()
 
@@ -62,7 +52,7 @@ def largest_difference_after_resume(folder, *, mended):
         reshard.install()
     with start_engine(Layout(), seed=1):
         straight = build_bucketed(seed=5)
-        buffer = straight.model.buffers[0]
+        buffer = straight.models[0].buffers[0]
         padded = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
         assert sum(padding > 0 for padding in padded[:-1]) > 0, "no bucket before the last is padded: proves nothing"
         for step in (1, 2):
@@ -73,7 +63,7 @@ def largest_difference_after_resume(folder, *, mended):
         for trainer in (straight, resumed):
             for step in (3, 4):
                 step_with_known_gradients(trainer, step)
-        pairs = zip(straight.bare_model.parameters(), resumed.bare_model.parameters(), strict=True)
+        pairs = zip(straight.bare_models[0].parameters(), resumed.bare_models[0].parameters(), strict=True)
         return max(float((one - other).abs().max()) for one, other in pairs)
 
 

@@ -8,9 +8,9 @@ from torch.nn.functional import cross_entropy
 
 from megatron_adapt.checkpoint.root import find_checkpoint, read_description
 from megatron_adapt.checkpoint.weights import load_weights
-from megatron_adapt.config import StageSettings, TrainSettings
+from megatron_adapt.config import Layout, StageSettings, TrainSettings
 from megatron_adapt.engine.llama import build_model
-from megatron_adapt.engine.parallel import Layout, start_engine
+from megatron_adapt.engine.parallel import make_groups, start_engine
 from megatron_adapt.train.documents import mask_eod
 from megatron_adapt.train.optimizer import build_trainer
 from megatron_adapt.train.step import _take_data_parallel_part, measure_bits_per_byte, train_step
@@ -43,8 +43,8 @@ def make_trainer(weights, layout):
     model = build_model(
         description.shape, padded_vocab_size=description.padded_vocab_size, layout=layout, seq_length=T, bf16=False
     )
-    trainer = build_trainer(model, TrainSettings(bf16=False, clip_grad=1e6), STAGE, NUM_STEPS)
-    load_weights([trainer.bare_model], weights)
+    trainer = build_trainer([model], TrainSettings(bf16=False, clip_grad=1e6), STAGE, NUM_STEPS)
+    load_weights(trainer.bare_models, weights)
     trainer.optimizer.reload_model_params()
     return trainer
 
@@ -53,7 +53,7 @@ def run_steps(weights, *, layout=Layout(), micro_batch_size=2, reset_at=EOD):  #
     """Return the bits per byte before the first step, and loss and gradient norm of every step; needs an engine."""
     windows, trainer = make_windows(), make_trainer(weights, layout)
     # Three windows fill no whole pass, so one is padding.
-    valid = measure_bits_per_byte(trainer.model, windows[:3], torch.ones(384), micro_batch_size, reset_at=reset_at)
+    valid = measure_bits_per_byte(trainer.models, windows[:3], torch.ones(384), micro_batch_size, reset_at=reset_at)
     reports = [
         train_step(trainer, windows, micro_batch_size, loss_mask=mask_eod(windows, EOD), reset_at=reset_at)
         for _ in range(NUM_STEPS)
@@ -81,8 +81,8 @@ def test_step_is_the_mean_over_unmasked_targets_of_documents_apart(weights):
     loss_mask[1] = False  # a window that bears no loss at all, as a mask of another origin may ask for
     with start_engine(Layout(), seed=1):
         trainer = make_trainer(weights, Layout())
-        mean = sum_by_hand(trainer.bare_model, windows, loss_mask) / loss_mask.sum()
-        gradients = torch.autograd.grad(mean, list(trainer.bare_model.parameters()))
+        mean = sum_by_hand(trainer.bare_models[0], windows, loss_mask) / loss_mask.sum()
+        gradients = torch.autograd.grad(mean, list(trainer.bare_models[0].parameters()))
         report = train_step(trainer, windows, 1, loss_mask=loss_mask, reset_at=EOD)
     assert report.loss == pytest.approx(mean.item(), rel=1e-5)
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
@@ -93,7 +93,7 @@ def test_step_without_settings_counts_every_target_and_attends_to_the_whole_wind
     windows = make_windows()
     with start_engine(Layout(), seed=1):
         trainer = make_trainer(weights, Layout())
-        logits = trainer.bare_model(torch.tensor(windows[:, :-1]), torch.arange(T).expand(4, T), None)[..., :300]
+        logits = trainer.bare_models[0](torch.tensor(windows[:, :-1]), torch.arange(T).expand(4, T), None)[..., :300]
         expected = cross_entropy(logits.flatten(0, 1), torch.tensor(windows[:, 1:]).flatten()).item()
         report = train_step(trainer, windows, 2)
     assert report.loss == pytest.approx(expected, rel=1e-5)
@@ -113,8 +113,7 @@ def _run_layouts(weights):
     with start_engine(LAYOUTS[0], seed=1):
         for layout in LAYOUTS:
             parallel_state.destroy_model_parallel()
-            sizes = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-            parallel_state.initialize_model_parallel(*sizes)
+            make_groups(layout)
             found.append(run_steps(weights, layout=layout))
     return found
 

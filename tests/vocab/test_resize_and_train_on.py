@@ -23,10 +23,17 @@ from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.dist import DistReader
 from megatron_adapt.checkpoint.root import HF_FOLDER, find_checkpoint, read_description
 from megatron_adapt.checkpoint.weights import load_weights
-from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint, ResizeVocab, StageSettings, TrainSettings
+from megatron_adapt.config import (
+    CheckpointSettings,
+    ConvertCheckpoint,
+    Layout,
+    ResizeVocab,
+    StageSettings,
+    TrainSettings,
+)
 from megatron_adapt.data.plan import BlendPosition, make_plan
 from megatron_adapt.engine.llama import build_model
-from megatron_adapt.engine.parallel import Layout, start_engine
+from megatron_adapt.engine.parallel import start_engine
 from megatron_adapt.train.optimizer import build_trainer
 from megatron_adapt.train.state import load_state, save_state
 from megatron_adapt.train.step import train_step
@@ -65,7 +72,7 @@ def build(description, layout, bf16, num_steps=2 * STEPS):
         seq_length=LENGTH,
         bf16=bf16,
     )
-    return build_trainer(model, TrainSettings(bf16=bf16), STAGE, num_steps)
+    return build_trainer([model], TrainSettings(bf16=bf16), STAGE, num_steps)
 
 
 def run_steps(trainer, windows):
@@ -77,7 +84,7 @@ def train_base(initial, root, windows):
     description = read_description(initial)
     with start_engine(Layout(), seed=1):
         trainer = build(description, Layout(), bf16=False, num_steps=FIRST_STEPS)
-        load_weights([trainer.bare_model], initial)
+        load_weights(trainer.bare_models, initial)
         trainer.optimizer.reload_model_params()
         run_steps(trainer, windows)
         save_state(root, trainer, replace(description, step=FIRST_STEPS), {}, POSITION)
@@ -88,7 +95,7 @@ def train_undisturbed(initial, root, windows, bf16):
     description, layout = read_description(initial), Layout(tensor_model_parallel_size=2)
     with start_engine(layout, seed=1):
         trainer = build(description, layout, bf16)
-        load_weights([trainer.bare_model], initial)
+        load_weights(trainer.bare_models, initial)
         trainer.optimizer.reload_model_params()
         first = run_steps(trainer, windows[:STEPS])
         dtype = "bfloat16" if bf16 else "float32"
@@ -106,7 +113,7 @@ def train_on(root, windows, bf16, *, with_optimizer):
             assert load_state(root, trainer, {}) == STEPS
             save_state(root.with_name("again"), trainer, description, {}, POSITION)
         else:
-            load_weights([trainer.bare_model], folder)
+            load_weights(trainer.bare_models, folder)
             trainer.optimizer.reload_model_params()
             trainer.schedule.step(increment=STEPS)
         return run_steps(trainer, windows[STEPS:])
