@@ -12,17 +12,18 @@ Anchors may weigh differently: means, squared errors and R2 are then weighted su
 
 1. ``fit_map`` reads the anchors twice: means, then X^T X and X^T Y of the centred rows, in fp64. The products of
    a tenth of the anchors, at most 1024, are added last.
-2. ``_choose`` fits the candidates without that tenth and compares R2 on it, over at most 256 columns.
+2. ``_choose`` fits the candidates without that tenth and compares R2 on it, over at most 256 columns. ``auto`` looks
+   first at how well a rotation can fit at all (``bound_rotation``); if least squares predict held-out anchors much
+   better than that, it is left out.
 3. ``_solve`` by Cholesky; where columns depend on each other by eigenvalues, small ones cut (the least W).
-4. ``_find_rotation`` by Newton's iteration for the polar factor, all products and inverses; in fp32 where it is judged.
+4. ``find_rotation``, in fp32 where it is judged.
 
 fp32 is not enough for squares: real embeddings have condition numbers of 1e4, and X^T X has the square of that.
 Costs: two products of anchors x H x H, of X^T X little more than the half, and a solve for ``ols``; ``ridge`` solves
 for 256 columns once more for each penalty, ``procrustes`` takes 7 to 9 inverses, ``auto`` both. With 8000 anchors of
-width 2048 and twice as many new rows, on one core, ``ols`` takes 1.2, ``ridge`` 1.4, ``auto`` 2.2 and ``procrustes`` 3
-times the fp64 products (``benchmarks/fill.py``). Memory of about five matrices H x H in fp64.
-
-Polar factor: Higham 1986, Computing the polar decomposition - with applications.
+width 2048 and twice as many new rows, on one core, ``ols`` takes 1.2, ``ridge`` 1.4 and ``procrustes`` 3 times the
+fp64 products, ``auto`` as much as ``ridge`` and 0.6 more where a rotation may win (``benchmarks/fill.py``). Memory of
+about five matrices H x H in fp64.
 """
 
 import logging
@@ -34,6 +35,7 @@ import numpy as np
 import torch
 
 from megatron_adapt.errors import ConfigError
+from megatron_adapt.vocab.rotation import bound_rotation, find_rotation, scale_rotation
 
 Estimator = Literal["auto", "ols", "ridge", "procrustes"]
 _logger = logging.getLogger(__name__)
@@ -45,9 +47,7 @@ _PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 "Of the mean eigenvalue of X^T X."
 _SMALLEST_PIVOT = 1e-6  # of the largest: beyond it the squares have no digits left
 _SMALLEST_EIGENVALUE = 1e-12  # of the largest
-_MOST_STEPS = 30  # of Newton's iteration; 9 are usual
-_SMALL_STEP = 1e-2  # relative: the next is a thousandth of it, without scaling
-_LAST_STEP = {torch.float64: 1e-8, torch.float32: 1e-2}  # the error behind it is about its square
+_CLEAR_LEAD = 0.05  # of R2 on held-out anchors over R2 on fitted ones, which is the larger of the two for the same map
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +102,17 @@ def fit_map(
         roots = torch.from_numpy(np.sqrt(shares[numbers]))[:, None]
         return (x - mean_x).mul_(roots), (y - mean_y).mul_(roots)
 
-    def add(numbers: np.ndarray) -> None:
+    def add(numbers: np.ndarray) -> float:
+        squares_y = 0.0
         for chunk in _divide(numbers):
             x, y = read_centred(chunk)
             add_squares(gram, x)
             cross.addmm_(x.T, y)
+            squares_y += float(y.square().sum())
+        return squares_y
 
-    add(rest)
-    name, penalty, r2 = _choose(candidates, gram, cross, *read_centred(held))
+    squares_y = add(rest)
+    name, penalty, r2 = _choose(candidates, gram, cross, squares_y, *read_centred(held))
     add(held)
     weight = _fit(name, penalty, gram, cross)
     _logger.info(
@@ -168,15 +171,22 @@ def _list_candidates(estimator: Estimator, num_fitted: int, width: int, where: s
 
 
 def _choose(
-    candidates: list[tuple[str, float]], gram: torch.Tensor, cross: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+    candidates: list[tuple[str, float]],
+    gram: torch.Tensor,
+    cross: torch.Tensor,
+    squares_y: float,
+    x: torch.Tensor,
+    y: torch.Tensor,
 ) -> tuple[str, float, float]:
     """Return kind, penalty and R2 of the candidate that predicts the held-out y from x best."""
     columns = torch.arange(0, y.shape[1], -(-y.shape[1] // _JUDGED_COLUMNS))
     target = y[:, columns]
-    found = []
+    found: list[tuple[float, str, float]] = []
     for name, penalty in candidates:
         if name == "procrustes":
-            weight = _scale_rotation(_find_rotation(cross.float()).double(), gram, cross)[:, columns]
+            if found and max(found)[0] > bound_rotation(gram, cross, squares_y) + _CLEAR_LEAD:
+                continue
+            weight = scale_rotation(find_rotation(cross.float()).double(), gram, cross)[:, columns]
         else:
             weight = _fit(name, penalty, gram, cross[:, columns])
         error = float((target - x @ weight).square().sum() / target.square().sum().clamp(min=1e-300))
@@ -188,47 +198,8 @@ def _choose(
 
 def _fit(name: str, penalty: float, gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
     if name == "procrustes":
-        return _scale_rotation(_find_rotation(cross), gram, cross)
+        return scale_rotation(find_rotation(cross), gram, cross)
     return _solve(gram, cross, penalty)
-
-
-def _scale_rotation(rotation: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    """Scale a rotation as fits best; with fewer columns in y the rotation also projects."""
-    rows, columns = cross.shape
-    spread = torch.trace(gram) if rows <= columns else (gram @ rotation * rotation).sum()
-    return rotation * ((rotation * cross).sum() / spread)
-
-
-def _find_rotation(cross: torch.Tensor) -> torch.Tensor:
-    """Return the orthogonal polar factor: U V of the SVD U S V, in the type of ``cross``."""
-    rows, columns = cross.shape
-    if rows < columns:
-        return _find_rotation(cross.T).T
-    if rows > columns:
-        basis, triangle = torch.linalg.qr(cross)
-        rotated: torch.Tensor = basis @ _find_rotation(triangle)
-        return rotated
-    rotation = cross / cross.abs().max()
-    step = 1.0
-    for _ in range(_MOST_STEPS):
-        inverse, failed = torch.linalg.inv_ex(rotation)
-        scale = 1.0 if step < _SMALL_STEP else _balance(rotation, inverse)
-        if failed or not 0 < scale < float("inf"):  # cross is singular
-            break
-        following = (rotation * (scale / 2)).add_(inverse.T, alpha=0.5 / scale)
-        step = float((following - rotation).norm() / following.norm())
-        rotation = following
-        if step < _LAST_STEP[cross.dtype]:
-            return rotation
-    left, _, right = torch.linalg.svd(cross, full_matrices=False)
-    found: torch.Tensor = left @ right
-    return found
-
-
-def _balance(rows: torch.Tensor, inverse: torch.Tensor) -> float:
-    """Return the factor that brings the singular values of a matrix nearest to 1."""
-    norms = [torch.linalg.matrix_norm(item, kind) for item in (inverse, rows) for kind in (1, float("inf"))]
-    return float((norms[0] * norms[1] / norms[2] / norms[3]) ** 0.25)
 
 
 def _solve(gram: torch.Tensor, cross: torch.Tensor, penalty: float) -> torch.Tensor:

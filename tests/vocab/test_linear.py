@@ -5,6 +5,7 @@ import torch
 from megatron_adapt.errors import ConfigError
 from megatron_adapt.vocab import linear
 from megatron_adapt.vocab.linear import fit_map
+from megatron_adapt.vocab.rotation import bound_singular_values, find_rotation
 
 KINDS = ("ols", "ridge", "procrustes")
 
@@ -96,6 +97,31 @@ def test_auto_takes_what_predicts_held_out_anchors_best(num_rows, noise):
     assert fit(x, y).r2 == pytest.approx(max(fit(x, y, kind).r2 for kind in KINDS if num_rows > 40 or kind != "ols"))
 
 
+def test_auto_finds_a_rotation_where_least_squares_have_too_few_anchors():
+    rotation = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))[0]
+    x = torch.randn(60, 40, dtype=torch.float64)
+    assert fit(x, x @ rotation + 0.1 * torch.randn_like(x)).estimator == "procrustes"
+
+
+def test_auto_does_not_compute_a_rotation_that_cannot_win(monkeypatch):
+    x = torch.randn(300, 40, dtype=torch.float64)
+    y = x @ torch.randn(40, 40, dtype=torch.float64)
+    assert fit(x, y).r2 > fit(x, y, "procrustes").r2 + 0.1
+    monkeypatch.setattr(linear, "find_rotation", None)
+    assert fit(x, y).estimator == "ols"
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("shape", [(64, 64), (64, 100), (200, 200), (3, 5), (1, 1)])
+def test_the_bound_of_the_singular_values_lies_closely_above_their_sum(shape, decay):
+    for seed in range(5):
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        matrix *= torch.logspace(0, -decay, shape[0])[:, None]
+        exact = float(torch.linalg.svdvals(matrix).sum())
+        assert 0.98 * exact < bound_singular_values(matrix) < 1.6 * exact
+    assert bound_singular_values(torch.zeros(4, 4, dtype=torch.float64)) == 0
+
+
 def test_r2_is_that_of_anchors_the_judged_fit_has_not_seen():
     x, _ = make_rows(60, 40, 3)
     noise = torch.randn(60, 3, dtype=torch.float64)
@@ -168,7 +194,7 @@ def test_the_rotation_is_that_of_the_singular_value_decomposition(shape, dtype):
     torch.manual_seed(3)
     cross = torch.randn(shape, dtype=dtype) * 1e5
     left, _, right = torch.linalg.svd(cross.double(), full_matrices=False)
-    error = (linear._find_rotation(cross).double() - left @ right).abs().max()
+    error = (find_rotation(cross).double() - left @ right).abs().max()
     assert error < (1e-10 if dtype == torch.float64 else 1e-3)
 
 
@@ -176,7 +202,7 @@ def test_the_rotation_is_that_of_the_singular_value_decomposition(shape, dtype):
 def test_singular_products_give_a_rotation_all_the_same(rank):
     torch.manual_seed(rank)
     cross = torch.randn(12, rank, dtype=torch.float64) @ torch.randn(rank, 12, dtype=torch.float64)
-    rotation = linear._find_rotation(cross)
+    rotation = find_rotation(cross)
     assert torch.allclose(rotation.T @ rotation, torch.eye(12, dtype=torch.float64), atol=1e-8)
     # The best one: nothing is lost of the trace.
     assert (rotation * cross).sum() == pytest.approx(float(torch.linalg.svdvals(cross).sum()), abs=1e-6)
