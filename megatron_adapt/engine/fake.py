@@ -11,7 +11,8 @@ What the engine asks of real tensors or of other ranks is answered here, for as 
 3. ``LlamaModel.to`` does nothing, because the weights are where they belong and fake ones cannot be swapped;
 4. the states of random generators are not kept apart: nothing is drawn;
 5. for a GPU, RMSNorm keeps what the fused kernel of CUDA keeps - input, weight and one number a token - where the CPU
-   keeps several fp32 copies. Attention needs no such answer: the flash kernels of CPU and GPU keep the same.
+   keeps several fp32 copies. Attention needs no such answer: the flash kernels of CPU and GPU keep the same;
+6. attention over shared windows has no mask: it cannot be a fake tensor, and the flash kernels keep none.
 
 A GPU of this machine is not seen, and megatron-core stays bound to the CPU in this process (``cpu.install``): plan in a
 process of its own.
@@ -33,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_adapt.config import Layout
-from megatron_adapt.engine import cpu
+from megatron_adapt.engine import attention, cpu
 from megatron_adapt.engine.llama import LlamaModel
 from megatron_adapt.engine.parallel import make_groups, quieten_engine
 
@@ -59,6 +60,7 @@ def start_fake_engine(layout: Layout, *, rank: int, world_size: int, on_gpu: boo
             mock.patch.object(dist, "all_gather_object", _gather_own),
             mock.patch.object(LlamaModel, "to", _stay),
             mock.patch.object(CudaRNGStatesTracker, "fork", _keep_generator),
+            mock.patch.object(attention, "causal_lower_right", _keep_no_mask),
             norm,
         ):
             cpu.install()
@@ -89,6 +91,10 @@ def _stay(model: LlamaModel, *_: Any, **__: Any) -> LlamaModel:
 
 def _keep_generator(*_: Any, **__: Any) -> Any:
     return nullcontext()
+
+
+def _keep_no_mask(*_: int) -> None:
+    return None
 
 
 class _FusedNorm(torch.autograd.Function):

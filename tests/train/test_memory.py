@@ -6,15 +6,19 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
 from megatron_adapt.config import Layout, StageSettings, TrainSettings
 from megatron_adapt.engine.fake import start_fake_engine
 from megatron_adapt.shape import LlamaShape
-from megatron_adapt.train.memory import Job, LiveBytes, measure_rank, measure_stages
+from megatron_adapt.train.memory import Job, LiveBytes, list_in_flight, measure_rank, measure_stages
 
 ROOT = Path(__file__).parents[2]
 SHAPE = LlamaShape(
@@ -123,6 +127,68 @@ def test_a_stage_holds_the_micro_batches_of_1f1b():
     stages = measure_stages(make_job(world_size=4, global_batch_size=6, **split(1, 4)))
     assert [stage.in_flight for stage in stages] == [3, 3, 2, 1]
     assert stages[1].activations == 3 * stages[2].activations / 2
+
+
+@given(
+    num_stages=st.integers(2, 6), parts=st.integers(1, 4), groups=st.integers(1, 5), stage=st.integers(0, 5)
+)  # fmt: skip
+@settings(deadline=None)
+def test_what_is_in_flight_is_what_the_engine_sends_ahead_and_one_more(num_stages, parts, groups, stage):
+    stage %= num_stages
+    job = make_job(
+        replace(SHAPE, num_layers=num_stages * parts),
+        world_size=num_stages,
+        micro_batch_size=1,
+        global_batch_size=groups * num_stages,
+        pipeline_model_parallel_size=num_stages,
+        virtual_pipeline_model_parallel_size=parts,
+    )
+    answers = {
+        "get_pipeline_model_parallel_world_size": num_stages,
+        "get_pipeline_model_parallel_rank": stage,
+        "get_virtual_pipeline_model_parallel_world_size": parts if parts > 1 else None,
+    }
+    with mock.patch.multiple(parallel_state, **{name: lambda value=value: value for name, value in answers.items()}):
+        total, _, warm_up, _ = get_pp_rank_microbatches(groups * num_stages, parts, num_stages)
+    table = get_schedule_table(groups * num_stages, parts, num_stages)
+    assert list_in_flight(job, stage) == [part for _, part in table[: min(warm_up + 1, total)]]
+
+
+def test_layers_of_a_virtual_pipeline_and_of_uneven_stages_are_counted():
+    two = make_job(world_size=2, **split(1, 2))
+    parts = make_job(world_size=2, **split(1, 2, virtual_pipeline_model_parallel_size=2))
+    uneven = make_job(world_size=2, **split(1, 2, num_layers_in_first_pipeline_stage=1))
+    even_stages, part_stages, uneven_stages = map(measure_stages, (two, parts, uneven))
+    assert [stage.parameters for stage in part_stages] == [stage.parameters for stage in even_stages]
+    assert [stage.in_flight for stage in part_stages] == [5, 3]
+    layer = replace(SHAPE, num_layers=5).num_parameters - SHAPE.num_parameters
+    assert even_stages[0].parameters - uneven_stages[0].parameters == layer
+    assert uneven_stages[1].parameters - even_stages[1].parameters == layer
+    assert part_stages[0].activations > even_stages[0].activations  # more in flight, of half the layers each
+
+
+def test_ranks_that_share_a_window_hold_their_share_of_it_and_gather_keys_and_values():
+    alone = measure_rank(make_job(), 0)
+    shared = measure_rank(make_job(world_size=2, context_parallel_size=2), 0)
+    # Keys and values of the whole window stay.
+    assert shared.activations == pytest.approx(alone.activations / 2, rel=0.1)
+    assert shared.activations > alone.activations / 2
+    heads = 2 * SHAPE.num_query_groups * SHAPE.kv_channels * 256  # keys and values of a micro-batch
+    # Gathered in bf16, and their gradients reduce-scattered; of each a rank of two sends the half.
+    assert shared.sent_by_context == 2 * SHAPE.num_layers * 2 * heads // 2
+    assert alone.sent_by_context == shared.sent_by_tensor == 0
+
+
+def test_what_is_computed_anew_is_not_kept():
+    kept = measure_rank(make_job(), 0)
+    mlp = measure_rank(make_job(recompute_granularity="selective", recompute_modules=("mlp",)), 0)
+    full = measure_rank(make_job(recompute_granularity="full"), 0)
+    block = measure_rank(
+        make_job(recompute_granularity="full", recompute_method="block", recompute_num_layers=2), 0
+    )  # fmt: skip
+    assert full.activations < block.activations < kept.activations
+    assert full.activations < mlp.activations < kept.activations
+    assert full.total < kept.total
 
 
 def test_attention_keeps_no_matrix_of_scores_and_the_loss_keeps_fp32_logits():
