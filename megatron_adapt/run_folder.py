@@ -95,7 +95,7 @@ class StagePlace:
 # Settings of the launch, not of the result; the layout changes a loss in its last digits only.
 _WITHOUT_EFFECT = (
     "stages nproc_per_node micro_batch_size log_interval save_interval eval_interval eval_windows stop_after_steps "
-    "continue_blend exit_duration_in_mins"
+    "continue_blend exit_duration_in_mins tensorboard_dir wandb_project device_hour_price"
 ).split() + [item.name for item in fields(Layout)]
 # Settings that are newer than the first records: left out at their default, so that those still hold.
 _LATER_DEFAULTS = {

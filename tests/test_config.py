@@ -131,6 +131,7 @@ def test_a_donor_taken_whole_leaves_nothing_to_choose(name, value):
         (lambda: BaseSettings(num_attention_heads=0), r"base\.num_attention_heads: 0 is below 1"),
         (lambda: TrainSettings(adam_eps=0.0), r"train\.adam_eps: 0\.0 is not positive, and what has no .*; use 1e-8"),
         (lambda: TrainSettings(stop_after_steps=-1), r"train\.stop_after_steps: -1 is below 0"),
+        (lambda: TrainSettings(device_hour_price=-0.5), r"train\.device_hour_price: -0\.5 is below 0"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_setting(make, message):

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal
 
 from megatron_adapt.config.layout import Layout
@@ -213,6 +214,12 @@ class TrainSettings(Layout):
     "Save and stop cleanly after the step in which a launch has trained this long; 0 is no limit."
     eod_mask_loss: bool = False
     "Leave the first token of a document out of the loss where it is predicted from the document before."
+    tensorboard_dir: Path | None = None
+    "Also write the metrics here for TensorBoard, a run per stage."
+    wandb_project: str = ""
+    "Also send the metrics to this project of Weights & Biases, a run per stage; its own variables (WANDB_...) say how."
+    device_hour_price: float = 0.0
+    "What a device costs an hour; with it the metrics say what the rest of the stage costs. 0 leaves that out."
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,7 +233,7 @@ class TrainSettings(Layout):
             self.adam_eps > 0,
             f"train.adam_eps: {self.adam_eps} is not positive, and what has no gradient is divided by it; use 1e-8",
         )
-        for name in ("stop_after_steps", "exit_duration_in_mins"):
+        for name in ("stop_after_steps", "exit_duration_in_mins", "device_hour_price"):
             require(getattr(self, name) >= 0, f"train.{name}: {getattr(self, name)} is below 0")
         names = [stage.name for stage in self.stages]
         require(len(set(names)) == len(names), f"train.stages: a name occurs twice in {names}; rename one")

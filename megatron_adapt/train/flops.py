@@ -10,9 +10,11 @@ which ``W_l`` learn, a token takes (Kaplan et al. 2020, arXiv 2001.08361, sectio
   sees those before it; twice that backward.
 
 The input embedding is looked up, not multiplied; norms, rotary embeddings and the softmax are left out. The head
-counts with the rows that pad the vocabulary, because they are computed.
+counts with the rows that pad the vocabulary, because they are computed. These are operations of the model: what is
+computed twice to save memory counts once, and attention that stops at documents counts as if it saw the whole window.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -47,6 +49,18 @@ DEVICES: dict[DeviceName, Device] = {
     "b200": Device(180, 2250, 75),
     "cpu": Device(0, 0, 0),
 }
+
+
+def find_device(name: str) -> Device | None:
+    """Return the data sheet of a GPU by the name that CUDA gives it; None for one that is not in the table.
+
+    Other forms of a chip (PCIe and NVL cards, slices of one, GH200) have other peaks. A100s all have the same.
+    """
+    found = re.search(r"\b(A100|H100|H200|B200)\b", name)
+    if found is None or "MIG" in name or (found[1] != "A100" and re.search("PCIe|NVL", name, re.IGNORECASE)):
+        return None
+    names: dict[str, DeviceName] = {"A100": "a100", "H100": "h100", "H200": "h200", "B200": "b200"}
+    return DEVICES[names[found[1]]]
 
 
 def list_weights(shape: LlamaShape, padded_vocab_size: int) -> Iterator[tuple[str, int]]:

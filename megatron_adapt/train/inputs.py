@@ -56,6 +56,10 @@ class StageInputs:
     "Ids whose rows learn, in ascending order; None where whole parameters do."
     distillation: Distillation | None
     "For a stage of token distillation, what its teacher reads."
+    old_languages: tuple[str, ...]
+    "Languages that training may make the model forget; none of a base made from scratch."
+    first_stage: str
+    "Stage of the run whose validation before any training is that of the base."
 
     @property
     def root(self) -> Path:
@@ -145,6 +149,8 @@ def open_inputs(recipe: Recipe, stage_name: str) -> StageInputs:
         ),
         new_ids=new_ids,
         distillation=plan_distillation(place.settings, settings, description.shape, place.initial / HF_FOLDER),
+        old_languages=recipe.old_languages if place.number else (),
+        first_stage=settings.stages[0].name if place.number else stage_name,
     )
 
 

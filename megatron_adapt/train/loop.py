@@ -15,16 +15,12 @@ import logging
 import math
 import os
 import shutil
-import time
-from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from megatron_adapt.checkpoint.root import HF_FOLDER
 from megatron_adapt.checkpoint.weights import load_weights
-from megatron_adapt.config.names import get_language
 from megatron_adapt.data.plan import BlendPosition, write_plan
 from megatron_adapt.data.plan_table import describe_plan
 from megatron_adapt.data.stage_plans import check_trained
@@ -33,13 +29,15 @@ from megatron_adapt.engine.parallel import get_device, start_engine
 from megatron_adapt.engine.trainable import freeze_rest
 from megatron_adapt.errors import EngineError
 from megatron_adapt.files import STAGE_FILE, write_stage
-from megatron_adapt.logs import MetricsWriter, is_main_rank
+from megatron_adapt.logs import is_main_rank
 from megatron_adapt.parallelism import check_launch
 from megatron_adapt.recipe import Recipe
 from megatron_adapt.run_folder import is_trained
 from megatron_adapt.train.documents import mask_eod
 from megatron_adapt.train.inputs import StageInputs, open_inputs
+from megatron_adapt.train.metrics import StageMetrics, count_tokens, count_windows
 from megatron_adapt.train.optimizer import Trainer, build_trainer
+from megatron_adapt.train.sinks import check_sinks
 from megatron_adapt.train.state import load_state, load_trainer, save_state
 from megatron_adapt.train.step import StepReport, measure_bits_per_byte, train_step
 from megatron_adapt.train.stop import StopRequest
@@ -62,6 +60,7 @@ def train(recipe: Recipe, stage_name: str) -> None:
         return
     settings, description = recipe.train, inputs.description
     check_launch(settings, num_ranks=int(os.environ.get("WORLD_SIZE", "1")))
+    check_sinks(settings)
     _logger.info("stage %s\n%s", stage_name, describe_plan(inputs.blend.plan))
     with start_engine(settings, settings.seed):
         chunks = build_chunks(
@@ -94,31 +93,32 @@ def run_stage(trainer: Trainer, inputs: StageInputs) -> None:
         shutil.copytree(inputs.hf, inputs.root / HF_FOLDER, dirs_exist_ok=True)
         write_plan(inputs.place.run.plan(inputs.place.settings.name), plan)
     stop = min(plan.num_steps, first + (settings.stop_after_steps or plan.num_steps))
-    with StopRequest(settings.exit_duration_in_mins) as request:
-        done = run_steps(trainer, inputs, first, stop, request)
+    with StopRequest(settings.exit_duration_in_mins) as request, StageMetrics(inputs, first) as metrics:
+        done = run_steps(trainer, inputs, first, stop, request, metrics)
     if is_main_rank() and done == plan.num_steps:
-        counts = {"steps": plan.num_steps, "tokens": _count_tokens(inputs, plan.num_steps)}
+        counts = {"steps": plan.num_steps, "tokens": count_tokens(inputs, plan.num_steps)}
         write_stage(inputs.root / STAGE_FILE, config=inputs.config, inputs=inputs.read_paths, counts=counts)
 
 
-def run_steps(trainer: Trainer, inputs: StageInputs, first: int, stop: int, request: StopRequest) -> int:
+def run_steps(
+    trainer: Trainer, inputs: StageInputs, first: int, stop: int, request: StopRequest, metrics: StageMetrics
+) -> int:
     """Do the optimizer steps after ``first`` up to ``stop``; log, validate and save on the way.
 
     Returns:
         The last step that was done and saved: ``stop``, or an earlier one where ``request`` found a reason.
     """
     settings, batch, last = inputs.settings, inputs.settings.global_batch_size, inputs.blend.plan.num_steps
-    # Step 0 is measured again when a run starts over.
-    metrics = MetricsWriter(inputs.root / "metrics.jsonl", first or -1) if is_main_rank() else None
     description = replace(inputs.description, dtype="bfloat16" if settings.bf16 else "float32")
     if first == 0:
-        _report(metrics, {"step": 0, "valid_bits_per_byte": validate(trainer, inputs)}, last)
+        metrics.write({"step": 0}, validate(trainer, inputs))
     masked_id = inputs.eod_id if settings.eod_mask_loss else None
-    clock, clock_step = time.perf_counter(), first
+    metrics.clock.start(first)
     for step in range(first + 1, stop + 1):
-        windows, _, loss_mask = inputs.blend.read_windows((step - 1) * batch, batch)
-        if masked_id is not None:
-            loss_mask &= mask_eod(windows, masked_id)
+        with metrics.clock.read():
+            windows, sources_B, loss_mask = inputs.blend.read_windows((step - 1) * batch, batch)
+            if masked_id is not None:
+                loss_mask &= mask_eod(windows, masked_id)
         report = train_step(
             trainer,
             windows,
@@ -126,24 +126,23 @@ def run_steps(trainer: Trainer, inputs: StageInputs, first: int, stop: int, requ
             loss_mask=loss_mask,
             reset_at=inputs.reset_at,
             distillation=inputs.distillation,
+            sources=metrics.name_sources(sources_B),
         )
         _check_finite(report, step)
+        metrics.add(report)
         reason = request.find_reason()
         if reason and step < stop:
             _logger.info("stopping after step %d: %s; the same call goes on", step, reason)
             stop = step
         validates = step % settings.eval_interval == 0 or step == last
         if step % settings.log_interval == 0 or validates or step == stop:
-            rate = (step - clock_step) * batch * settings.seq_length / (time.perf_counter() - clock)
-            row = _make_row(inputs, step, report, tokens_per_second=rate)
-            if validates:
-                row["valid_bits_per_byte"] = validate(trainer, inputs)
-            _report(metrics, row, last)
-            clock, clock_step = time.perf_counter(), step
+            row = metrics.make_row(step, report)
+            with metrics.clock.pause():
+                metrics.write(row, validate(trainer, inputs) if validates else None)
         if step % settings.save_interval == 0 or step == stop:
             fingerprints = {name: source.fingerprint for name, source in inputs.blend.sources.items()}
-            position = BlendPosition(inputs.blend.plan, _count_windows(inputs, step), fingerprints)
-            with trainer.hold_weights():
+            position = BlendPosition(inputs.blend.plan, count_windows(inputs, step), fingerprints)
+            with metrics.clock.pause(), trainer.hold_weights():
                 save_state(inputs.root, trainer, replace(description, step=step), inputs.training, position)
         if step == stop:
             break
@@ -168,49 +167,3 @@ def validate(trainer: Trainer, inputs: StageInputs) -> dict[str, float]:
             language: measure_bits_per_byte(trainer.models, windows, token_bytes_V, micro_batch_size, reset_at=reset_at)
             for language, windows in inputs.valid.items()
         }
-
-
-def _count_windows(inputs: StageInputs, step: int) -> tuple[int, ...]:
-    """Count the windows of each source that were trained on up to ``step``."""
-    return tuple(int(count) for count in inputs.blend.count_before(step * inputs.settings.global_batch_size))
-
-
-def _count_tokens(inputs: StageInputs, step: int) -> dict[str, int]:
-    """Count the tokens of each source, and of each language of several, that were trained on up to ``step``."""
-    counts = (windows * inputs.settings.seq_length for windows in _count_windows(inputs, step))
-    tokens = dict(zip(inputs.blend.plan.sources, counts, strict=True))
-    languages: Counter[str] = Counter()
-    for source, count in tokens.items():
-        languages[get_language(source)] += count
-    return {**tokens, **languages}
-
-
-def _make_row(inputs: StageInputs, step: int, report: StepReport, *, tokens_per_second: float) -> dict[str, Any]:
-    distilled = {"objective": "token_distillation", "positions_left_out": report.num_left_out}
-    return {
-        "step": step,
-        **(distilled if inputs.distillation is not None else {}),
-        "loss": report.loss,
-        "grad_norm": report.grad_norm,
-        "learning_rate": report.learning_rate,
-        "tokens": _count_tokens(inputs, step),
-        "tokens_per_second": tokens_per_second,
-    }
-
-
-def _report(metrics: MetricsWriter | None, row: dict[str, Any], num_steps: int) -> None:
-    """Write a row of metrics, and the console line made of it, on the main rank."""
-    if metrics is None:
-        return
-    metrics.write(row)
-    parts = [f"step {row['step']}/{num_steps}"]
-    if "loss" in row:
-        parts += [
-            f"loss {row['loss']:.4f}" if "objective" not in row else f"squared error {row['loss']:.4g}",
-            f"lr {row['learning_rate']:.2e}",
-            f"grad norm {row['grad_norm']:.2f}",
-            f"{row['tokens_per_second']:,.0f} tokens/s",
-        ]
-    valid = row.get("valid_bits_per_byte", {})
-    parts += [f"{language} {value:.4f} bits/byte" for language, value in valid.items()]
-    _logger.info("%s", "  ".join(parts))

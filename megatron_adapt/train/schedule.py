@@ -11,6 +11,7 @@ Every stage warms up from 0 (re-warming, Ibrahim et al. 2024, arXiv 2403.08763).
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
@@ -18,29 +19,51 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_adapt.config import StageSettings
 
+_INFINITE = ("lr_constant", "lr_cooldown_fraction", "lr_wsd_decay_fraction")
+
 
 class InfiniteSchedule(OptimizerParamScheduler):  # type: ignore[misc]
     """Warm-up, cool-down, a constant that may go on for ever, and an annealing before a release."""
 
     def __init__(self, *args: Any, stage: StageSettings, **kwargs: Any) -> None:
         """As the engine's; the shares are those of the stage."""
-        self._stage = stage
+        self.stage = stage
         super().__init__(*args, **kwargs)
 
     def get_lr(self, param_group: dict[str, Any]) -> float:
         """Return the learning rate of the step."""
         peak, last = float(param_group["max_lr"]), float(param_group["min_lr"])
-        constant, done = self._stage.lr_constant, int(self.num_steps - self.lr_warmup_steps)
+        constant, done = self.stage.lr_constant, int(self.num_steps - self.lr_warmup_steps)
         if done <= 0:
             return float(peak * self.num_steps / max(1, self.lr_warmup_steps))
-        cooldown = max(1, round(self._stage.lr_cooldown_fraction * self.lr_decay_steps))
+        cooldown = max(1, round(self.stage.lr_cooldown_fraction * self.lr_decay_steps))
         if done < cooldown:
             return constant + (peak - constant) * 0.5 * (1 + math.cos(math.pi * done / cooldown))
-        annealing = round(self._stage.lr_wsd_decay_fraction * self.lr_decay_steps)
+        annealing = round(self.stage.lr_wsd_decay_fraction * self.lr_decay_steps)
         left = self.lr_decay_steps - self.num_steps
         if left >= annealing:
             return constant
         return float(constant * (last / constant) ** (1 - max(0, left) / annealing))
+
+
+def describe_schedule(schedule: OptimizerParamScheduler) -> dict[str, Any]:
+    """Return what decides the learning rate of every step, and that of the last one that was done."""
+    names = "max_lr min_lr lr_warmup_steps lr_decay_steps lr_decay_style wsd_decay_steps lr_wsd_decay_style"
+    described = {name: getattr(schedule, name) for name in names.split()}
+    if isinstance(schedule, InfiniteSchedule):
+        described |= {name: getattr(schedule.stage, name) for name in _INFINITE}
+    rate = next((group["lr"] for group in schedule.optimizer.param_groups), 0.0)
+    return {"learning_rate": rate, **described}
+
+
+def describe_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return in words how two of ``describe_schedule`` differ; nothing where they do not."""
+    changed = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+    rates = changed.pop("learning_rate", (now["learning_rate"],) * 2)
+    if not changed:
+        return ""
+    listed = ", ".join(f"{name} {old}, now {new}" for name, (old, new) in changed.items())
+    return f"learning rate: {rates[0]:.4g} at the save, now {rates[1]:.4g} ({listed})"
 
 
 def build_schedule(

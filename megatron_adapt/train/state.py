@@ -40,6 +40,7 @@ from megatron_adapt.errors import CheckpointError
 from megatron_adapt.files import read_json, to_plain, write_json
 from megatron_adapt.run_folder import PLAN_FILE, TRAINING_FILE
 from megatron_adapt.train.optimizer import Trainer
+from megatron_adapt.train.schedule import describe_change, describe_schedule
 
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 "Settings in the optimizer's groups: those of the recipe hold, not those of the checkpoint."
@@ -75,7 +76,8 @@ def save_state(
     dist.barrier()
     if dist.get_rank() == 0:
         write_description(partial, description)
-        write_json(partial / TRAINING_FILE, {**training, "cursors": position.describe()})
+        schedule = describe_schedule(trainer.schedule)
+        write_json(partial / TRAINING_FILE, {**training, "schedule": schedule, "cursors": position.describe()})
         write_plan(partial / PLAN_FILE, position.plan)
         partial.replace(final)
         write_latest(root, description.step)
@@ -112,6 +114,10 @@ def load_state(root: Path, trainer: Trainer, training: Mapping[str, Any]) -> int
     step = read_description(folder).step
     trainer.schedule.step(increment=step)
     _logger.info("continuing after step %d of %s", step, folder)
+    # A run of before the schedule was kept says nothing of it.
+    changed = describe_change(saved["schedule"], describe_schedule(trainer.schedule)) if "schedule" in saved else ""
+    if changed:
+        _logger.info("%s", changed)
     return step
 
 

@@ -27,6 +27,7 @@ from megatron_adapt.engine.parallel import get_device
 from megatron_adapt.train.distill import Distillation, compare_hidden_states
 from megatron_adapt.train.documents import find_documents
 from megatron_adapt.train.optimizer import Trainer
+from megatron_adapt.train.tally import BatchSources, sum_by_source
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class StepReport:
     learning_rate: float
     num_left_out: int = 0
     "Positions without a loss because the teacher of token distillation ends before them."
+    by_source: tuple[float, ...] = ()
+    "Losses (nats) of each source, then their bytes of text; empty where that was not asked for."
 
 
 def train_step(
@@ -50,6 +53,7 @@ def train_step(
     loss_mask: NDArray[np.bool_] | None = None,
     reset_at: int | None = None,
     distillation: Distillation | None = None,
+    sources: BatchSources | None = None,
 ) -> StepReport:
     """Do one optimizer step on a global batch.
 
@@ -60,24 +64,28 @@ def train_step(
         loss_mask: [global batch, T], False where a target bears no loss; None where all do.
         reset_at: end-of-document id behind which attention starts anew; None where it spans documents.
         distillation: compare hidden states with those of the old pieces; None predicts the next token.
+        sources: where the windows are from, to sum losses and bytes per source; not with ``distillation``.
     """
     for model in trainer.models:
         model.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     if loss_mask is None:
         loss_mask = np.ones_like(windows[:, 1:], dtype=bool)
-    forward = partial(_forward_step, None, reset_at)
+    forward = partial(_forward_step, None, reset_at, sources=sources)
     if distillation is not None:
         forward = partial(_forward_distillation, distillation, reset_at)
-    sums = _run_schedule(trainer.models, forward, windows, loss_mask, micro_batch_size, learn=True)
+    sums = _run_schedule(trainer.models, forward, windows, loss_mask, micro_batch_size, learn=True, sources=sources)
     trainer.schedule.step(increment=1)
     for rows in trainer.frozen_rows:
         rows.zero_gradient()
     _, grad_norm, _ = trainer.optimizer.step()
+    sums = sums.cpu()
     learning_rate = next((group["lr"] for group in trainer.optimizer.param_groups), 0.0)
     # A batch without a new token has nothing to distil.
     num_tokens = sums[1] if distillation is None else sums[1].clamp(min=1)
-    return StepReport(float(sums[0] / num_tokens), float(grad_norm or 0.0), learning_rate, int(sums[2]))
+    return StepReport(
+        float(sums[0] / num_tokens), float(grad_norm or 0.0), learning_rate, int(sums[2]), tuple(sums[3:].tolist())
+    )
 
 
 def measure_bits_per_byte(
@@ -124,16 +132,18 @@ def _run_schedule(
     micro_batch_size: int,
     *,
     learn: bool,
+    sources: BatchSources | None = None,
 ) -> torch.Tensor:
     """Send all micro-batches of this rank through the pipeline.
 
     Returns:
-        Sums over the job: losses, weights, positions left out.
+        Sums over the job: losses, weights, positions left out; with ``sources``, losses and bytes of each.
     """
     own = _take_data_parallel_part(windows, micro_batch_size)
     own_mask = _take_data_parallel_part(loss_mask, micro_batch_size)
+    own_sources, num_sums = _take_sources(sources, len(windows), micro_batch_size)
     # Each part of the model takes every micro-batch by itself.
-    batches = [zip(own, own_mask, strict=True) for _ in models]
+    batches = [zip(own, own_mask, own_sources, strict=True) for _ in models]
     reports = get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=batches if len(models) > 1 else batches[0],
@@ -143,7 +153,7 @@ def _run_schedule(
         micro_batch_size=micro_batch_size,
         forward_only=not learn,
     )
-    sums = torch.zeros(3, dtype=torch.float64, device=get_device())
+    sums = torch.zeros(num_sums, dtype=torch.float64, device=get_device())
     for report in reports:  # only the last pipeline stage has any
         sums += report["sums"]
     dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -162,13 +172,22 @@ def _take_data_parallel_part(rows: NDArray[Any], micro_batch_size: int) -> NDArr
     return part
 
 
+def _take_sources(sources: BatchSources | None, num_windows: int, micro_batch_size: int) -> tuple[torch.Tensor, int]:
+    """Return the sources of the windows of this rank, on its device, and how many sums a step has."""
+    numbers = np.zeros(num_windows, dtype=np.int64) if sources is None else sources.sources_B
+    own = torch.from_numpy(_take_data_parallel_part(numbers, micro_batch_size))
+    return own.to(get_device()), 3 if sources is None else 3 + 2 * sources.num_sources
+
+
 def _forward_step(
     token_bytes_V: torch.Tensor | None,
     reset_at: int | None,
-    batches: Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]],
+    batches: Iterator[tuple[NDArray[np.int64], NDArray[np.bool_], torch.Tensor]],
     model: LlamaModel,
+    *,
+    sources: BatchSources | None = None,
 ) -> tuple[torch.Tensor, Any]:
-    windows, loss_mask = next(batches)
+    windows, loss_mask, sources_B = next(batches)
     ids = torch.from_numpy(windows).to(get_device())
     inputs_BT, labels_BT = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     positions_BT = torch.arange(inputs_BT.shape[1], device=ids.device).expand_as(inputs_BT)
@@ -181,7 +200,11 @@ def _forward_step(
         cu_seqlens = find_documents(windows[:, :-1], reset_at)
         documents = pack_documents(torch.from_numpy(cu_seqlens), inputs_BT.shape[1])
     output = model(inputs_BT, positions_BT, None, labels=labels_BT, packed_seq_params=documents)
-    return output, partial(_sum_loss, weights_BT)
+    count = None
+    if sources is not None:
+        bytes_BT = sources.token_bytes_V[labels_BT]
+        count = partial(sum_by_source, bytes_BT=bytes_BT, sources_B=sources_B, num_sources=sources.num_sources)
+    return output, partial(_sum_loss, weights_BT, count=count)
 
 
 def _take_context_part(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -193,10 +216,10 @@ def _take_context_part(*tensors: torch.Tensor) -> list[torch.Tensor]:
 def _forward_distillation(
     distillation: Distillation,
     reset_at: int | None,
-    batches: Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]],
+    batches: Iterator[tuple[NDArray[np.int64], NDArray[np.bool_], torch.Tensor]],
     model: Any,
 ) -> tuple[torch.Tensor, Any]:
-    windows, loss_mask = next(batches)
+    windows, loss_mask, _ = next(batches)
     ids_BT = np.ascontiguousarray(windows[:, :-1])
     loss_BT, counts_BT, is_left_out_BT = compare_hidden_states(distillation, model.module, ids_BT, reset_at)
     weights_BT = torch.from_numpy(loss_mask & counts_BT).to(loss_BT.device).float()
@@ -204,10 +227,16 @@ def _forward_distillation(
 
 
 def _sum_loss(
-    weights_BT: torch.Tensor, loss_BT: torch.Tensor, *, num_left_out: int = 0
+    weights_BT: torch.Tensor,
+    loss_BT: torch.Tensor,
+    *,
+    num_left_out: int = 0,
+    count: Callable[..., torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     counted_BT = weights_BT > 0
     loss = (loss_BT * counted_BT).sum()
     # The engine divides the loss tensor in place later on, so the report must not share its memory.
     sums = torch.stack([loss.detach().double(), weights_BT.sum().double(), loss.new_tensor(num_left_out).double()])
+    if count is not None:
+        sums = torch.cat([sums, count(loss_BT, counted_BT)])
     return loss, counted_BT.sum().int(), {"sums": sums}

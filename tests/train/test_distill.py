@@ -295,6 +295,8 @@ def test_stage_learns_and_resumes_exactly_and_its_rows_of_metrics_name_the_loss(
     for name in ("loss", "grad_norm", "valid_bits_per_byte", "tokens", "objective", "positions_left_out"):
         assert [row.get(name) for row in rows] == [row.get(name) for row in expected], name
     assert {row["objective"] for row in rows[1:]} == {"token_distillation"}
+    # A squared error is no loss of next tokens, and runs no head.
+    assert not any({"bits_per_byte", "mfu", "tflops_per_device"} & set(row) for row in rows)
     losses = [row["loss"] for row in rows[1:]]
     assert losses[-1] < 0.75 * losses[0]
     before, after = (DistReader(find_checkpoint(root / name)) for name in ("megatron", "checkpoints/first"))

@@ -77,7 +77,8 @@ def test_losses_do_not_depend_on_the_layout(reference, layout, tmp_path):
     norms = [row["grad_norm"] for row in expected if "grad_norm" in row]
     assert [row["grad_norm"] for row in rows if "grad_norm" in row] == pytest.approx(norms, rel=1e-4)
     for row, other in zip(rows, expected, strict=True):
-        assert row.get("valid_bits_per_byte", {}) == pytest.approx(other.get("valid_bits_per_byte", {}), rel=1e-5)
+        for name in ("valid_bits_per_byte", "bits_per_byte"):
+            assert row.get(name, {}) == pytest.approx(other.get(name, {}), rel=1e-5)
 
 
 RESUMES = {
@@ -100,7 +101,7 @@ def test_resumed_run_equals_an_undisturbed_one(case, tmp_path):
     half = run_ranks(train_stage, world_size, resumed, "first", *flags, "--train.stop-after-steps", "3")[0]
     assert half[-1]["step"] == 3
     rows = run_ranks(train_stage, world_size, resumed, "first", *flags)[0]
-    for name in ("loss", "grad_norm", "learning_rate", "valid_bits_per_byte", "tokens"):
+    for name in ("loss", "bits_per_byte", "grad_norm", "learning_rate", "valid_bits_per_byte", "forgetting", "tokens"):
         assert [row.get(name) for row in rows] == [row.get(name) for row in expected], name
 
 
@@ -262,11 +263,15 @@ def test_language_left_out_of_a_blend_is_still_validated(tmp_path):
     assert rows[-1]["tokens"] == {"xx": 12 * 16}
 
 
-def test_changed_learning_rate_takes_effect_on_resume(tmp_path):
+def test_changed_learning_rate_takes_effect_on_resume_and_is_told(tmp_path, capsys):
     recipe = make_run(tmp_path)
     train_stage(recipe, "first", "--train.stop-after-steps", "3")
+    train_stage(recipe, "first", "--train.stop-after-steps", "1")
+    assert "learning rate:" not in capsys.readouterr().err
     rows = train_stage(recipe, "first", "--train.stages.0.min-lr", "5e-3")
     assert rows[-1]["learning_rate"] == pytest.approx(5e-3)
+    said = "learning rate: 0.0055 at the save, now 0.0075 (min_lr 0.001, now 0.005)"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["train", "valid"])

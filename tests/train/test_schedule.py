@@ -8,7 +8,7 @@ import pytest
 
 from megatron_adapt.config import StageSettings
 from megatron_adapt.errors import ConfigError
-from megatron_adapt.train.schedule import build_schedule
+from megatron_adapt.train.schedule import build_schedule, describe_change, describe_schedule
 
 STAGE = {"name": "s", "tokens": 1, "blend": {"xx": 1.0}, "lr": 1.0, "min_lr": 0.01, "lr_warmup_fraction": 0.1}
 NUM_STEPS = 100
@@ -85,3 +85,20 @@ def test_infinite_cools_down_keeps_a_constant_and_anneals_exponentially():
 def test_schedules_that_cannot_be_or_settings_without_effect_are_refused(settings, message):
     with pytest.raises(ConfigError, match=f"train.stages s: {message}"):
         StageSettings(**{**STAGE, **settings})
+
+
+def describe(steps=50, rate=0.25, **settings):
+    optimizer = SimpleNamespace(param_groups=[{"lr": rate, "max_lr": 1.0, "min_lr": 0.01, "wd_mult": 1.0}])
+    schedule = build_schedule(optimizer, StageSettings(**{**STAGE, **settings}), steps, 0.1)
+    return {**describe_schedule(schedule), "learning_rate": rate}
+
+
+def test_a_changed_schedule_is_told_by_what_changed_and_an_unchanged_one_is_not():
+    assert describe_change(describe(), describe()) == ""
+    infinite = {"lr_decay_style": "infinite", "lr_constant": 0.3}
+    before, now = describe(**infinite), describe(rate=0.4, **{**infinite, "lr_constant": 0.4})
+    assert describe_change(before, now) == "learning rate: 0.25 at the save, now 0.4 (lr_constant 0.3, now 0.4)"
+    # A later end is a change even where the rate of this step is the same.
+    wsd = describe(lr_decay_style="WSD", lr_wsd_decay_fraction=0.2)
+    said = "learning rate: 0.25 at the save, now 0.25 (wsd_decay_steps 10, now 5)"
+    assert describe_change(wsd, describe(lr_decay_style="WSD")) == said
