@@ -19,6 +19,8 @@ from typing import Any
 
 from megatron_adapt.commands import run_commands
 from megatron_adapt.config import VocabSettings
+from megatron_adapt.data.batches import Batches
+from megatron_adapt.data.plan import read_plan
 from megatron_adapt.errors import ConfigError
 from megatron_adapt.files import STAGE_FILE, is_finished, read_json, replace_file, to_plain, write_json, write_stage
 from megatron_adapt.logs import read_metrics
@@ -94,17 +96,20 @@ def measure_method(recipe: Recipe, name: str, settings: VocabSettings, base_mode
         write_json(taken, asdict(run_commands([resize], way, tools)["resize_vocab"]))
     run_commands([resize, convert, train], way, tools)
     rows = [row for row in read_metrics(run.checkpoints(stage.name) / "metrics.jsonl") if "valid_bits_per_byte" in row]
-    curve = [{"tokens": sum_tokens(recipe, row["step"]), "bits_per_byte": row["valid_bits_per_byte"]} for row in rows]
+    plan = read_plan(run.plan(stage.name))
+    batches = Batches.of(stage, num_windows=plan.num_windows, global_batch_size=plan.global_batch_size)
+    curve = [
+        {
+            "tokens": batches.count_windows(row["step"]) * plan.seq_length,
+            "bits_per_byte": row["valid_bits_per_byte"],
+        }
+        for row in rows
+    ]
     found = {"fill": read_json(taken), "curve": curve}
     write_stage(record, config=config, inputs=[base_model, shared.tokenizer], counts=found)
     for part in _MODELS:
         shutil.rmtree(run.root / part)
     return found
-
-
-def sum_tokens(recipe: Recipe, step: int) -> int:
-    """Return the tokens trained on up to a step."""
-    return step * recipe.train.global_batch_size * recipe.train.seq_length
 
 
 def write_comparison(recipe: Recipe, found: dict[str, dict[str, Any]]) -> None:

@@ -128,15 +128,24 @@ def check_launch(train: TrainSettings, *, num_ranks: int) -> None:
     if num_ranks % model_ranks:
         named = " x ".join(f"{name} {size}" for name, size in sizes.items() if name[0] != "c" or size > 1)
         raise ConfigError(f"launch: {num_ranks} ranks cannot hold {named}; start a multiple of {model_ranks} ranks")
-    copies, micro = num_ranks // model_ranks, train.micro_batch_size
-    # The interleaved schedule sends micro-batches in groups of one per stage.
-    group = train.pipeline_model_parallel_size if train.virtual_pipeline_model_parallel_size > 1 else 1
-    if train.global_batch_size % (copies * micro * group):
-        stages = f" x {group} pipeline stages, which a virtual pipeline needs" if group > 1 else ""
+    unit = count_batch_unit(train, num_ranks=num_ranks)
+    if train.global_batch_size % unit:
+        copies, micro = num_ranks // model_ranks, train.micro_batch_size
+        stages = f" x {_group(train)} pipeline stages, which a virtual pipeline needs" if _group(train) > 1 else ""
         raise ConfigError(
             f"train.global_batch_size: {train.global_batch_size} is not a multiple of micro_batch_size {micro} x "
-            f"{copies} data-parallel ranks{stages}; use a multiple of {copies * micro * group}"
+            f"{copies} data-parallel ranks{stages}; use a multiple of {unit}"
         )
+
+
+def count_batch_unit(train: TrainSettings, *, num_ranks: int) -> int:
+    """Count the windows that a batch must be a multiple of: those that all ranks take at once."""
+    return num_ranks // train.model_parallel_size * train.micro_batch_size * _group(train)
+
+
+def _group(train: TrainSettings) -> int:
+    """Return how many micro-batches go through a pipeline together; the interleaved schedule sends one per stage."""
+    return train.pipeline_model_parallel_size if train.virtual_pipeline_model_parallel_size > 1 else 1
 
 
 def _either(values: list[int]) -> str:

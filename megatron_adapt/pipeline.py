@@ -271,7 +271,7 @@ def _collect_facts(recipe: Recipe, run: RunFolder) -> dict[str, str]:
     for stage in recipe.train.stages:
         blend = ", ".join(f"{language} {share:g}" for language, share in stage.blend.items())
         facts[f"stage {stage.name}"] = (
-            f"{stage.tokens:,} tokens, blend {blend}, learns {stage.trainable}, lr {stage.lr:g}"
+            f"{stage.tokens:,} tokens, blend {blend}, learns {stage.learning}, lr {stage.lr:g}"
         )
     for language in (*recipe.old_languages, *recipe.new_languages):
         parts = {name: counts.get(language, 0) for name, counts in tokens.items()}

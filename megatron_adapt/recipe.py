@@ -176,9 +176,10 @@ def _build(kind: Any, value: Any, where: str, key: str) -> Any:
     """Turn a TOML value into ``kind``; ``key`` is the dotted name for messages."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return (
-            None if value is None else _build(next(part for part in parts if part is not type(None)), value, where, key)
-        )
+        choices = [part for part in parts if part is not type(None)]
+        # A word of a Literal, or what the last choice says.
+        named = [part for part in choices[:-1] if value in typing.get_args(part)]
+        return None if value is None else _build((named or choices[-1:])[0], value, where, key)
     if is_dataclass(kind):
         return _build_dataclass(kind, value, where, key)
     if origin is tuple and isinstance(value, list):

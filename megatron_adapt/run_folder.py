@@ -18,6 +18,8 @@ PLAN_FILE = "plan.json"
 "Plan of the blend, beside the checkpoints of a stage and in each of them."
 TRAINING_FILE = "training.json"
 "In a checkpoint: what the run reads, and where it stands in each source."
+OLDER_DEFAULTS: dict[str, Any] = {"decoupled_lr": False, "rampup_batch_size": []}
+"What a ``training.json`` of before these entries means."
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,9 @@ _LATER_DEFAULTS = {
     "lr_wsd_decay_style": "exponential",
     "lr_cooldown_fraction": 0.1,
     "lr_constant": 0.0,
+    "decoupled_lr": None,
+    "decoupled_min_lr": None,
+    "rampup_batch_size": [],
 }
 
 

@@ -160,7 +160,12 @@ def test_flags_have_the_last_word_over_the_recipe(tmp_path):
         (
             'trainable = "emb',
             'trainable = "amb',
-            r"train\.stages\[0\]\.trainable: .* is not 'embeddings' or 'new_rows' or 'all'; correct",
+            r"train\.stages embeddings: trainable 'ambeddings' is neither embeddings, new_rows, .*; correct it",
+        ),
+        (
+            'trainable = "emb',
+            'trainable = ["*", 3] #',
+            r"train\.stages\[0\]\.trainable\[1\]: 3 is not str; correct the",
         ),
         ('[tokenizer]\nsize = "extend50"\nscripts = ["Han", "Hiragana"]', "", None),
         ('base_model = "base"', 'base_model = "base"\nvocab = 3', r"vocab: 3 is no table; write it as \[vocab\]"),

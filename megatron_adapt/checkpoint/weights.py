@@ -20,16 +20,18 @@ from megatron_adapt.checkpoint.dist import DistReader
 from megatron_adapt.errors import CheckpointError
 
 
-def weights_state_dict(models: Sequence[torch.nn.Module]) -> dict[str, Any]:
+def weights_state_dict(models: Sequence[torch.nn.Module], *, by_layer: bool = False) -> dict[str, Any]:
     """Return the sharded weights of this rank's model chunks, under Megatron-LM's names.
 
     Args:
         models: one chunk ("model"), or several under an interleaved pipeline ("model0", "model1", ...).
+        by_layer: a key for every layer (megatron-core's ``non_homogeneous_layers``), not one for their stack.
 
     Returns:
         Name of the chunk to its sharded tensors. The empty quantisation states are left out.
     """
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    metadata = {"dp_cp_group": group, "non_homogeneous_layers": by_layer}
     return {
         name: _drop_extra_states(_unwrap(model).sharded_state_dict(metadata=metadata))
         for name, model in zip(name_chunks(models), models, strict=True)

@@ -34,20 +34,28 @@ class StageSettings:
     "Where max_epochs allows too little: fail; redistribute, others grow and the budget stays; cap, the budget shrinks."
     continue_blend: bool = True
     "Begin each source where the stages before stopped reading it; otherwise read it in a new order from its start."
-    trainable: Literal["embeddings", "new_rows", "all"] = "all"
+    trainable: Literal["embeddings", "new_rows", "expanded_blocks", "all"] | tuple[str, ...] = "all"
     """embeddings: input embedding and output head only. new_rows: of these the rows of new tokens only, without weight
-    decay. all: every parameter."""
+    decay. expanded_blocks: blocks that tools/reshape_checkpoint.py expand added. all: every parameter. Or patterns of
+    parameter names, such as decoder.layers.*.mlp.* and embedding.*; layers count from 0."""
     objective: Literal["language_modeling", "token_distillation"] = "language_modeling"
     """language_modeling: predict the next token. token_distillation: input rows of new tokens learn the hidden states
     that their old pieces give (Dobler et al. 2025); with trainable = new_rows."""
     distillation_layer: int = -1
     "Layer whose hidden states token_distillation compares: -1 the last, behind the final norm; early ones cost less."
+    rampup_batch_size: tuple[int, ...] = ()
+    """Begin with smaller batches: START INCREMENT SAMPLES. The batch grows by INCREMENT windows, from START to
+    global_batch_size, over the first SAMPLES windows; the shares of the learning rate are then of windows."""
     carry_optimizer: bool = False
     "Begin with the moments and fp32 masters of the checkpoint the stage starts from, too; the same parameters learn."
     lr: float = 1e-4
     "Peak learning rate."
     min_lr: float = 0.0
     "Learning rate of the last step, where the decay ends."
+    decoupled_lr: float | None = None
+    "Peak learning rate of input embedding and output head; without it they learn with lr."
+    decoupled_min_lr: float | None = None
+    "Their learning rate of the last step; without it min_lr."
     lr_warmup_fraction: float = 0.01
     "Share of the stage's steps over which the learning rate rises linearly."
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD", "infinite"] = "cosine"
@@ -69,11 +77,62 @@ class StageSettings:
         require(re.fullmatch(r"\w[\w.-]*", self.name) is not None, f"{where}: the name must be a plain word")
         _check_ratio(where, "blend", self.blend, "language")
         self._check_sources(where)
+        require(
+            not self.rampup_batch_size or (len(self.rampup_batch_size) == 3 and min(self.rampup_batch_size) >= 1),
+            f"{where}: rampup_batch_size {list(self.rampup_batch_size)} is not three numbers from 1; give START, "
+            "INCREMENT and SAMPLES",
+        )
+        self._check_trainable(where)
         self._check_objective(where)
         self._check_schedule(where)
         require(
             self.lr > self.min_lr >= 0,
             f"{where}: lr {self.lr} and min_lr {self.min_lr} must fall and be >= 0",
+        )
+        self._check_decoupled(where)
+
+    @property
+    def learning(self) -> str:
+        """What learns, in words."""
+        return self.trainable if isinstance(self.trainable, str) else ", ".join(self.trainable)
+
+    @property
+    def decoupled_last_lr(self) -> float:
+        """Learning rate of the vocabulary matrices in the last step."""
+        return self.min_lr if self.decoupled_min_lr is None else self.decoupled_min_lr
+
+    def _check_trainable(self, where: str) -> None:
+        """Refuse names that are neither a word of the table nor a pattern; the model is not known here."""
+        if isinstance(self.trainable, str):
+            return
+        require(bool(self.trainable), f"{where}: trainable is empty; name what learns, or leave it out for all")
+        for pattern in self.trainable:
+            require(
+                "." in pattern or "*" in pattern,
+                f"{where}: trainable {pattern!r} is neither embeddings, new_rows, expanded_blocks or all, alone, nor a "
+                "pattern of parameter names such as decoder.layers.*.mlp.*; correct it",
+            )
+
+    def _check_decoupled(self, where: str) -> None:
+        """Refuse learning rates of the vocabulary matrices that do not fall, or have no effect."""
+        peak, last = self.decoupled_lr, self.decoupled_last_lr
+        require(
+            peak is not None or self.decoupled_min_lr is None,
+            f"{where}: decoupled_min_lr {self.decoupled_min_lr} has no effect without decoupled_lr; add it",
+        )
+        if peak is None:
+            return
+        require(peak > last >= 0, f"{where}: decoupled_lr {peak} and its lowest rate {last} must fall and be >= 0")
+        require(
+            self.decoupled_min_lr is None or self.lr_decay_style != "constant",
+            f"{where}: decoupled_min_lr {last} has no effect with lr_decay_style constant; leave it out",
+        )
+        # ``infinite`` falls to lr_constant in the proportion of the peaks.
+        constant = self.lr_constant / self.lr * peak
+        require(
+            self.lr_decay_style != "infinite" or constant > last > 0,
+            f"{where}: decoupled_lr {peak} stays at {constant:g}, in the proportion of lr_constant to lr; that must be "
+            f"above its lowest rate {last}, and this above 0; set decoupled_min_lr",
         )
 
     def _check_objective(self, where: str) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_adapt.config import TraceStep
+from megatron_adapt.data.batches import Batches
 from megatron_adapt.data.dataset import BlendedWindows
 from megatron_adapt.data.inspect import check_tokenizer
 from megatron_adapt.data.plan import BlendPlan, read_plan
@@ -68,13 +69,13 @@ def trace_step(config: TraceStep) -> list[TracedWindow]:
     if recipe.train.blend_engine != "adapt":
         raise ConfigError("trace: the recipe has train.blend_engine = megatron, whose order is not known here")
     plan = _find_plan(recipe, place)
-    batch = plan.global_batch_size
-    first_step = plan.begin // batch + 1
-    if not first_step <= config.step <= plan.num_steps:
-        raise ConfigError(f"--step: {config.step} is not from {first_step} to {plan.num_steps}, the steps of this plan")
+    batches = Batches.of(place.settings, num_windows=plan.num_windows, global_batch_size=plan.global_batch_size)
+    first_step, last_step = batches.find_step(plan.begin), batches.num_steps
+    if not first_step <= config.step <= last_step:
+        raise ConfigError(f"--step: {config.step} is not from {first_step} to {last_step}, the steps of this plan")
     blend = BlendedWindows(plan, {source: place.run.tokens(source, "train") for source in plan.sources})
     tokenizer = None if config.tokenizer is None else read_tokenizer(config.tokenizer)
-    first = (config.step - 1) * batch
+    first, batch = batches.find(config.step)
     sources_N, windows = blend.locate(first, batch)
     traced = []
     for at in range(batch):

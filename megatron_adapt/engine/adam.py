@@ -11,6 +11,9 @@ from typing import Any
 import megatron.core.optimizer
 import megatron.core.optimizer.distrib_optimizer
 import torch
+import torch.distributed as dist
+
+from megatron_adapt.engine.parallel import get_device
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -70,3 +73,17 @@ def install() -> None:
     distributed.Adam = FusedAdam
     distributed.HAVE_APEX_OR_TE = True
     distributed.USING_APEX_OPTIMIZER = True
+
+
+def align_steps(optimizer: Any) -> None:
+    """Tell groups without a parameter on this rank how many steps the others have done; every rank calls this.
+
+    The engine saves what rank 0 says of the groups. A pipeline stage that owns nothing of a group never counts its
+    steps, and who loads the group would correct Adam's bias as in the first step again.
+    """
+    groups = optimizer.param_groups
+    done = torch.tensor(max((int(group.get("step", 0)) for group in groups), default=0), device=get_device())
+    dist.all_reduce(done, op=dist.ReduceOp.MAX)
+    for group in groups:
+        if not group["params"]:
+            group["step"] = int(done)

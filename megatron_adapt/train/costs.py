@@ -8,6 +8,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_adapt.data.batches import Batches
 from megatron_adapt.train.flops import Device, count_flops, count_learning
 from megatron_adapt.train.memory import Job, RankMemory
 
@@ -91,16 +92,20 @@ def count_costs(
     train, stage, num_stages = job.train, job.stage, job.train.pipeline_model_parallel_size
     num_parts = train.virtual_pipeline_model_parallel_size
     tokens_per_step = train.global_batch_size * train.seq_length
-    steps = -(-stage.tokens // tokens_per_step)
-    flops = tokens_per_step * count_flops(job.shape, job.padded_vocab_size, train.seq_length, stage.trainable)
+    whole = -(-stage.tokens // tokens_per_step)
+    steps = Batches.of(
+        stage, num_windows=whole * train.global_batch_size, global_batch_size=train.global_batch_size
+    ).num_steps
+    learns = stage.trainable, job.new_blocks
+    flops = tokens_per_step * count_flops(job.shape, job.padded_vocab_size, train.seq_length, *learns)
     peak = 1e12 * (device.bf16_tflops if train.bf16 else device.fp32_tflops)
     parameters = sum(rank.parameters for rank in ranks)
-    learning = count_learning(job.shape, job.padded_vocab_size, stage.trainable)
+    learning = count_learning(job.shape, job.padded_vocab_size, *learns)
     checkpoint_bytes = parameters * (2 if train.bf16 else 4) + learning * _BYTES_OF_STATE
     by_data, by_tied = count_gradient_traffic(job, max(rank.gradients for rank in ranks))
     return StageCosts(
         stage=stage.name,
-        trainable=stage.trainable,
+        trainable=stage.learning,
         world_size=job.world_size,
         tensor_model_parallel_size=train.tensor_model_parallel_size,
         pipeline_model_parallel_size=num_stages,
@@ -119,7 +124,7 @@ def count_costs(
         micro_batches=job.num_micro_batches,
         bubble=(num_stages - 1) / (job.num_micro_batches * num_parts + num_stages - 1),
         flops_per_step=flops,
-        days=flops * steps / (job.world_size * peak * mfu) / _SECONDS_OF_A_DAY if peak else None,
+        days=flops * whole / (job.world_size * peak * mfu) / _SECONDS_OF_A_DAY if peak else None,
         checkpoint_bytes=checkpoint_bytes,
         save_seconds=checkpoint_bytes / save_speed,
         num_saves=math.ceil(steps / train.save_interval),

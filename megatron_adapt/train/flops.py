@@ -4,10 +4,11 @@ A multiplication and an addition count as two. For the matrices of a layer and t
 which ``W_l`` learn, a token takes (Kaplan et al. 2020, arXiv 2001.08361, section 2.1; Narayanan et al. 2021, arXiv
 2104.04473, appendix):
 
-- forward ``2 W``; backward ``2 W`` for the gradients of what came in, which go down to the input embedding, and
-  ``2 W_l`` for those of the weights: a frozen body saves a third of its work;
+- forward ``2 W``; backward ``2 W`` for the gradients of what came in, which go down to the first parameter that learns
+  (in a pipeline through all stages but the first), and ``2 W_l`` for those of the weights: a frozen body saves a third
+  of its work;
 - attention: ``2 * 2 * N * D`` per layer and key for scores and their sum, over ``(T + 1) / 2`` keys, because a token
-  sees those before it; twice that backward.
+  sees those before it; twice that backward, where gradients go down so far.
 
 The input embedding is looked up, not multiplied; norms, rotary embeddings and the softmax are left out. The head
 counts with the rows that pad the vocabulary, because they are computed. These are operations of the model: what is
@@ -15,11 +16,11 @@ computed twice to save memory counts once, and attention that stops at documents
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from megatron_adapt.config.plan_run import DeviceName
-from megatron_adapt.engine.trainable import TRAINABLE
+from megatron_adapt.engine.trainable import find_rule
 from megatron_adapt.shape import LlamaShape
 
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -90,13 +91,21 @@ def list_weights(shape: LlamaShape, padded_vocab_size: int) -> Iterator[tuple[st
         yield _HEAD, padded_vocab_size * hidden
 
 
-def count_learning(shape: LlamaShape, padded_vocab_size: int, trainable: str) -> int:
+def count_learning(
+    shape: LlamaShape, padded_vocab_size: int, trainable: str | tuple[str, ...], new_blocks: Collection[int] = ()
+) -> int:
     """Count the values that have a gradient buffer and moments; of a matrix of which some rows learn, all."""
-    learns = TRAINABLE[trainable]
+    learns = find_rule(trainable, new_blocks)
     return sum(size for name, size in list_weights(shape, padded_vocab_size) if learns(name))
 
 
-def count_flops(shape: LlamaShape, padded_vocab_size: int, seq_length: int, trainable: str) -> float:
+def count_flops(
+    shape: LlamaShape,
+    padded_vocab_size: int,
+    seq_length: int,
+    trainable: str | tuple[str, ...],
+    new_blocks: Collection[int] = (),
+) -> float:
     """Count the operations of one training step on one token, forward and backward.
 
     Args:
@@ -104,17 +113,22 @@ def count_flops(shape: LlamaShape, padded_vocab_size: int, seq_length: int, trai
         padded_vocab_size: rows of the head.
         seq_length: T, tokens in a window.
         trainable: what learns.
+        new_blocks: numbers of the blocks that were added to the model.
     """
-    learns = TRAINABLE[trainable]
-    matrices = {
-        name: size
-        for name, size in list_weights(shape, padded_vocab_size)
-        if name.startswith("decoder.layers.") and name.endswith(".weight") and "layernorm" not in name
-    }
-    # A tied head is multiplied as an untied one and learns as the embedding does.
-    matrices[_HEAD] = padded_vocab_size * shape.hidden_size
-    learning = sum(size for name, size in matrices.items() if learns(_EMBEDDING if name == _HEAD else name))
-    multiplied = 4 * sum(matrices.values()) + 2 * learning
+    learns = find_rule(trainable, new_blocks)
     keys = (seq_length + 1) / 2
-    attended = 3 * shape.num_layers * 4 * shape.num_attention_heads * shape.kv_channels * keys
-    return multiplied + attended
+    attention = 4 * shape.num_attention_heads * shape.kv_channels * keys
+    weights = dict(list_weights(shape, padded_vocab_size))
+    # A tied head is multiplied as an untied one and learns as the embedding does.
+    weights.setdefault(_HEAD, weights[_EMBEDDING])
+    total, goes_down = 0.0, False
+    for name, size in weights.items():
+        own = learns(_EMBEDDING if name == _HEAD and shape.tied else name)
+        # The bias of queries and keys goes with their matrix, before attention.
+        goes_down = goes_down or own or learns(name.replace("qkv.weight", "qkv.bias"))
+        if name != _EMBEDDING and name.endswith(".weight") and "layernorm" not in name:
+            # A matrix that learns computes the gradients of what came in, also where nobody below asks for them.
+            total += size * (2 + 2 * goes_down + 2 * own)
+        if name.endswith("linear_qkv.weight"):
+            total += attention * (1 + 2 * goes_down)
+    return total

@@ -6,6 +6,7 @@ reported in seconds, not after the model was built on every rank.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_adapt.checkpoint.root import HF_FOLDER, LATEST_FILE, Description, find_checkpoint, read_description
 from megatron_adapt.config import StageSettings, TrainSettings
+from megatron_adapt.data.batches import Batches
 from megatron_adapt.data.dataset import BlendedWindows, ValidationWindows
 from megatron_adapt.data.index import bin_path
 from megatron_adapt.data.megatron_blend import MegatronWindows
@@ -22,13 +24,21 @@ from megatron_adapt.data.record import TokensRecord, record_path
 from megatron_adapt.data.sources import Source
 from megatron_adapt.data.stage_plans import carry_over, check_same, plan_stage
 from megatron_adapt.errors import CheckpointError
-from megatron_adapt.files import STAGE_FILE, read_json
+from megatron_adapt.files import STAGE_FILE, read_json, to_plain
 from megatron_adapt.parallelism import check_layout
 from megatron_adapt.recipe import Recipe
-from megatron_adapt.run_folder import PLAN_FILE, TRAINING_FILE, StagePlace, describe_training, find_stage
+from megatron_adapt.run_folder import (
+    OLDER_DEFAULTS,
+    PLAN_FILE,
+    TRAINING_FILE,
+    StagePlace,
+    describe_training,
+    find_stage,
+)
 from megatron_adapt.tokenizer.pieces import piece_bytes, read_tokenizer
 from megatron_adapt.train.distill import Distillation, plan_distillation
 from megatron_adapt.train.documents import find_eod
+from megatron_adapt.train.learning import check_learning
 from megatron_adapt.train.new_tokens import find_new_ids, hash_ids
 
 
@@ -60,6 +70,11 @@ class StageInputs:
     "Languages that training may make the model forget; none of a base made from scratch."
     first_stage: str
     "Stage of the run whose validation before any training is that of the base."
+
+    @cached_property
+    def batches(self) -> Batches:
+        """Which windows make which step."""
+        return _cut_batches(self.place.settings, self.settings, self.blend.plan)
 
     @property
     def root(self) -> Path:
@@ -95,6 +110,8 @@ class StageInputs:
             "blend_engine": self.settings.blend_engine,
             "global_batch_size": self.settings.global_batch_size,
             "trainable": self.place.settings.trainable,
+            "decoupled_lr": self.place.settings.decoupled_lr is not None,
+            "rampup_batch_size": self.place.settings.rampup_batch_size,
             "new_rows": hash_ids(self.new_ids),
             "objective": self.place.settings.objective,
             "distillation_layer": self.place.settings.distillation_layer,
@@ -119,6 +136,7 @@ def open_inputs(recipe: Recipe, stage_name: str) -> StageInputs:
     initial = find_checkpoint(place.initial)
     description = read_description(initial)
     check_layout(description.shape, settings, padded_vocab_size=description.padded_vocab_size)
+    check_learning(place.settings, description.shape, description.new_blocks)
     new_ids = find_new_ids(place.settings, place.initial / HF_FOLDER)
     if place.settings.carry_optimizer:
         _check_optimizer(initial, place.settings, settings, new_ids)
@@ -164,10 +182,15 @@ def _plan(recipe: Recipe, place: StagePlace) -> BlendPlan:
     trained = read_plan(folder / PLAN_FILE)
     plan = plan_stage(recipe, name, trained)
     if recipe.train.continue_blend and plan.plan_hash != trained.plan_hash:
-        return carry_over(recipe, name, trained, read_description(folder).step * recipe.train.global_batch_size)
+        batches = _cut_batches(place.settings, recipe.train, trained)
+        return carry_over(recipe, name, trained, batches.count_windows(read_description(folder).step))
     remedy = f"add --train.continue-blend to go on behind what was read, or remove {root} to start again"
     check_same(trained, plan, str(folder), remedy)
     return plan
+
+
+def _cut_batches(stage: StageSettings, train: TrainSettings, plan: BlendPlan) -> Batches:
+    return Batches.of(stage, num_windows=plan.num_windows, global_batch_size=train.global_batch_size)
 
 
 def _check_optimizer(
@@ -177,15 +200,16 @@ def _check_optimizer(
     where = f"train.stages {stage.name}: carry_optimizer"
     if not (initial / TRAINING_FILE).is_file():
         raise CheckpointError(f"{where}: {initial} holds weights alone; leave it out, or start from a training run")
-    saved = read_json(initial / TRAINING_FILE)
+    saved = {**OLDER_DEFAULTS, **read_json(initial / TRAINING_FILE)}
     asked = {
         "trainable": stage.trainable,
+        "decoupled_lr": stage.decoupled_lr is not None,
         "new_rows": hash_ids(new_ids),
         "objective": stage.objective,
         "bf16": train.bf16,
         "use_distributed_optimizer": train.use_distributed_optimizer,
     }
-    for name, value in asked.items():
+    for name, value in to_plain(asked).items():
         # A run of before a setting existed had its default.
         if name in saved and saved[name] != value:
             raise CheckpointError(

@@ -67,7 +67,7 @@ def list_layouts(job: Job) -> Iterator[Job]:
 def count_least(job: Job) -> float:
     """Return a number of bytes that some rank takes whatever its activations are."""
     whole = replace(job.shape, vocab_size=job.padded_vocab_size)
-    learning = count_learning(job.shape, job.padded_vocab_size, job.stage.trainable)
+    learning = count_learning(job.shape, job.padded_vocab_size, job.stage.trainable, job.new_blocks)
     gradient, moments = _GRADIENT_AND_MOMENTS
     state = moments + (4 if job.train.bf16 else 0)
     # Also ranks that share a window split the optimizer.

@@ -30,7 +30,7 @@ from megatron_adapt.engine.trainable import freeze_rest
 from megatron_adapt.errors import EngineError
 from megatron_adapt.files import STAGE_FILE, write_stage
 from megatron_adapt.logs import is_main_rank
-from megatron_adapt.parallelism import check_launch
+from megatron_adapt.parallelism import check_launch, count_batch_unit
 from megatron_adapt.recipe import Recipe
 from megatron_adapt.run_folder import is_trained
 from megatron_adapt.train.documents import mask_eod
@@ -59,9 +59,13 @@ def train(recipe: Recipe, stage_name: str) -> None:
         _logger.info("stage %s: finished before", stage_name)
         return
     settings, description = recipe.train, inputs.description
-    check_launch(settings, num_ranks=int(os.environ.get("WORLD_SIZE", "1")))
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    check_launch(settings, num_ranks=num_ranks)
+    inputs.batches.check_unit(f"train.stages {stage_name}", count_batch_unit(settings, num_ranks=num_ranks))
     check_sinks(settings)
     _logger.info("stage %s\n%s", stage_name, describe_plan(inputs.blend.plan))
+    if inputs.batches.is_ramped:
+        _logger.info("stage %s: a growing batch, so %d steps", stage_name, inputs.batches.num_steps)
     with start_engine(settings, settings.seed):
         chunks = build_chunks(
             description.shape,
@@ -72,8 +76,10 @@ def train(recipe: Recipe, stage_name: str) -> None:
         )
         stage = inputs.place.settings
         # Distillation stops before the head, which would learn nothing from it.
-        learning = sum(freeze_rest(chunk, stage.trainable, head=inputs.distillation is None) for chunk in chunks)
-        trainer = build_trainer(chunks, settings, stage, inputs.blend.plan.num_steps, inputs.new_ids)
+        head, new_blocks = inputs.distillation is None, description.new_blocks
+        learning = sum(freeze_rest(chunk, stage.trainable, head=head, new_blocks=new_blocks) for chunk in chunks)
+        length = inputs.batches.count_progress(inputs.batches.num_steps)
+        trainer = build_trainer(chunks, settings, stage, length, inputs.new_ids)
         learning -= sum(rows.num_values for rows in trainer.frozen_rows)
         _logger.info("stage %s: %s values of this rank learn", stage_name, f"{learning:,}")
         run_stage(trainer, inputs)
@@ -82,7 +88,7 @@ def train(recipe: Recipe, stage_name: str) -> None:
 def run_stage(trainer: Trainer, inputs: StageInputs) -> None:
     """Load weights or the state of an earlier launch, run the steps, record the finished stage."""
     plan, settings = inputs.blend.plan, inputs.settings
-    first = load_state(inputs.root, trainer, inputs.training)
+    first, last = load_state(inputs.root, trainer, inputs.training, inputs.batches), inputs.batches.num_steps
     if first == 0 and inputs.place.settings.carry_optimizer:
         load_trainer(inputs.initial, trainer)
     elif first == 0:
@@ -92,11 +98,11 @@ def run_stage(trainer: Trainer, inputs: StageInputs) -> None:
         inputs.root.mkdir(parents=True, exist_ok=True)
         shutil.copytree(inputs.hf, inputs.root / HF_FOLDER, dirs_exist_ok=True)
         write_plan(inputs.place.run.plan(inputs.place.settings.name), plan)
-    stop = min(plan.num_steps, first + (settings.stop_after_steps or plan.num_steps))
+    stop = min(last, first + (settings.stop_after_steps or last))
     with StopRequest(settings.exit_duration_in_mins) as request, StageMetrics(inputs, first) as metrics:
         done = run_steps(trainer, inputs, first, stop, request, metrics)
-    if is_main_rank() and done == plan.num_steps:
-        counts = {"steps": plan.num_steps, "tokens": count_tokens(inputs, plan.num_steps)}
+    if is_main_rank() and done == last:
+        counts = {"steps": last, "tokens": count_tokens(inputs, last)}
         write_stage(inputs.root / STAGE_FILE, config=inputs.config, inputs=inputs.read_paths, counts=counts)
 
 
@@ -108,7 +114,7 @@ def run_steps(
     Returns:
         The last step that was done and saved: ``stop``, or an earlier one where ``request`` found a reason.
     """
-    settings, batch, last = inputs.settings, inputs.settings.global_batch_size, inputs.blend.plan.num_steps
+    settings, batches, last = inputs.settings, inputs.batches, inputs.batches.num_steps
     description = replace(inputs.description, dtype="bfloat16" if settings.bf16 else "float32")
     if first == 0:
         metrics.write({"step": 0}, validate(trainer, inputs))
@@ -116,7 +122,7 @@ def run_steps(
     metrics.clock.start(first)
     for step in range(first + 1, stop + 1):
         with metrics.clock.read():
-            windows, sources_B, loss_mask = inputs.blend.read_windows((step - 1) * batch, batch)
+            windows, sources_B, loss_mask = inputs.blend.read_windows(*batches.find(step))
             if masked_id is not None:
                 loss_mask &= mask_eod(windows, masked_id)
         report = train_step(
@@ -127,6 +133,7 @@ def run_steps(
             reset_at=inputs.reset_at,
             distillation=inputs.distillation,
             sources=metrics.name_sources(sources_B),
+            progress=batches.count_progress(step) - batches.count_progress(step - 1),
         )
         _check_finite(report, step)
         metrics.add(report)

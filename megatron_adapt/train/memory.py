@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_iter
 from megatron_adapt.config import StageSettings, TrainSettings
 from megatron_adapt.engine.fake import start_fake_engine
 from megatron_adapt.engine.llama import LlamaModel, build_chunks
-from megatron_adapt.engine.trainable import freeze_rest
+from megatron_adapt.engine.trainable import freeze_rest, is_by_layer
 from megatron_adapt.shape import LlamaShape
 from megatron_adapt.train.optimizer import Trainer, build_trainer
 
@@ -114,6 +114,8 @@ class Job:
     stage: StageSettings
     world_size: int
     on_gpu: bool
+    new_blocks: tuple[int, ...] = ()
+    "Numbers of the blocks that were added to the model."
 
     @property
     def num_copies(self) -> int:
@@ -129,7 +131,9 @@ class Job:
 def measure_stages(job: Job) -> list[RankMemory]:
     """Measure a rank of every pipeline stage; stages between the first and the last differ in what is in flight."""
     num_stages = job.train.pipeline_model_parallel_size
-    measured = {stage: measure_rank(job, stage) for stage in {0, min(1, num_stages - 1), num_stages - 1}}
+    # Where some layers learn, no two stages need be alike.
+    own = range(num_stages) if is_by_layer(job.stage.trainable) else {0, min(1, num_stages - 1), num_stages - 1}
+    measured = {stage: measure_rank(job, stage) for stage in own}
     return [measured.get(stage) or _measure_alike(job, measured[1], stage) for stage in range(num_stages)]
 
 
@@ -208,7 +212,7 @@ def _build_trainer(job: Job) -> Trainer:
     # The matrices have gradients and moments also where some of their rows do not learn.
     trainable = "embeddings" if job.stage.trainable == "new_rows" else job.stage.trainable
     for model in models:
-        freeze_rest(model, trainable)
+        freeze_rest(model, trainable, new_blocks=job.new_blocks)
     settings = replace(job.stage, trainable=trainable, objective="language_modeling", distillation_layer=-1)
     return build_trainer(models, job.train, settings, num_steps=10)
 
@@ -260,7 +264,7 @@ def run_forward_backward(job: Job, model: Any, look: Callable[[], int] = int) ->
     seen = look()
     if bare.post_process:
         output.sum().backward()
-    else:
+    elif output.requires_grad:  # not where neither this stage nor one before it learns
         torch.autograd.backward(output, torch.empty_like(output))
     return seen
 

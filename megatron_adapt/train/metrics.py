@@ -73,7 +73,7 @@ class StageMetrics:
     def make_row(self, step: int, report: StepReport) -> dict[str, Any]:
         """Return the row of the steps since the one before; all ranks call this."""
         distilled = {"objective": "token_distillation", "positions_left_out": report.num_left_out}
-        bits = self._tally.take()
+        bits, decoupled, batches = self._tally.take(), report.decoupled_learning_rate, self._inputs.batches
         return {
             "step": step,
             **(distilled if self._inputs.distillation is not None else {}),
@@ -81,6 +81,8 @@ class StageMetrics:
             **({"bits_per_byte": bits} if bits else {}),
             "grad_norm": report.grad_norm,
             "learning_rate": report.learning_rate,
+            **({} if decoupled is None else {"decoupled_learning_rate": decoupled}),
+            **({"global_batch_size": batches.find(step)[1]} if batches.is_ramped else {}),
             "tokens": count_tokens(self._inputs, step),
             **self.clock.measure(step),
         }
@@ -99,7 +101,7 @@ class StageMetrics:
         self._writer.write(row)
         for sink in self._sinks:
             sink.write(row["step"], dict(flatten_row({name: row[name] for name in row if name != "step"})))
-        _logger.info("%s", describe_row(row, self._inputs.blend.plan.num_steps))
+        _logger.info("%s", describe_row(row, self._inputs.batches.num_steps))
 
     def _describe_validation(self, valid: Mapping[str, float], step: int) -> dict[str, Any]:
         """Return what a row says of a validation."""
@@ -150,7 +152,7 @@ def find_base(path: Path, hashes: Mapping[str, str]) -> dict[str, float]:
 
 def count_windows(inputs: StageInputs, step: int) -> tuple[int, ...]:
     """Count the windows of each source that were trained on up to ``step``."""
-    return tuple(int(count) for count in inputs.blend.count_before(step * inputs.settings.global_batch_size))
+    return tuple(int(count) for count in inputs.blend.count_before(inputs.batches.count_windows(step)))
 
 
 def count_tokens(inputs: StageInputs, step: int) -> dict[str, int]:

@@ -3,18 +3,24 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from numpy.typing import NDArray
 
 from megatron_adapt.config import StageSettings, TrainSettings
 from megatron_adapt.engine import adam, reshard
 from megatron_adapt.engine.llama import LlamaModel
-from megatron_adapt.engine.trainable import FrozenRows, find_frozen_rows
+from megatron_adapt.engine.trainable import FrozenRows, find_frozen_rows, is_by_layer
 from megatron_adapt.train.schedule import build_schedule
 
 
@@ -28,6 +34,8 @@ class Trainer:
     schedule: OptimizerParamScheduler
     frozen_rows: tuple[FrozenRows, ...] = ()
     "Rows that do not learn, of matrices that do."
+    by_layer: bool = False
+    "Whether the optimizer may know some of the layers alone."
 
     @property
     def bare_models(self) -> list[LlamaModel]:
@@ -75,6 +83,8 @@ def build_trainer(
         optimizer="adam",
         lr=stage.lr,
         min_lr=stage.min_lr,
+        decoupled_lr=stage.decoupled_lr,
+        decoupled_min_lr=stage.decoupled_min_lr,
         weight_decay=_get_weight_decay(train, stage),
         adam_beta1=train.adam_beta1,
         adam_beta2=train.adam_beta2,
@@ -85,8 +95,19 @@ def build_trainer(
         use_distributed_optimizer=train.use_distributed_optimizer,
         overlap_param_gather=train.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(config, wrapped)
-    return Trainer(wrapped, optimizer, build_schedule(optimizer, stage, num_steps, config.weight_decay), frozen_rows)
+    optimizer = get_megatron_optimizer(config, wrapped, _list_overrides(config))
+    schedule = build_schedule(optimizer, stage, num_steps, config.weight_decay)
+    return Trainer(wrapped, optimizer, schedule, frozen_rows, is_by_layer(stage.trainable))
+
+
+def _list_overrides(config: OptimizerConfig) -> dict[Any, Any]:
+    """Return megatron-core's settings of groups of parameters; a group with a rate of its own is marked as such.
+
+    The engine finds the groups of a checkpoint again by this mark among others, and does not set it: unmarked, the
+    matrices of the vocabulary and those of the body are one group to it.
+    """
+    overrides = get_standard_config_overrides(config)
+    return {key: {**own, "is_decoupled_lr": True} if "max_lr" in own else own for key, own in overrides.items()}
 
 
 def _wrap(models: list[LlamaModel], train: TrainSettings) -> list[DistributedDataParallel]:

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_adapt.checkpoint.hf import CONFIG_FILE, read_hf_shape
+from megatron_adapt.checkpoint.root import LATEST_FILE, find_checkpoint, read_description
 from megatron_adapt.config import PlanRun, StageSettings
 from megatron_adapt.errors import ConfigError
 from megatron_adapt.files import read_json, write_json
@@ -29,6 +30,7 @@ from megatron_adapt.tokenizer.pieces import JSON_FILE, read_tokenizer
 from megatron_adapt.train.costs import StageCosts, count_costs
 from megatron_adapt.train.flops import DEVICES
 from megatron_adapt.train.layouts import check_job, find_layout
+from megatron_adapt.train.learning import check_learning
 from megatron_adapt.train.memory import Job, RankMemory, measure_stages
 from megatron_adapt.train.plan_show import show_costs
 
@@ -80,6 +82,8 @@ def plan_stage(
     device = DEVICES[config.device]
     if stage == recipe.base_train and recipe.base is not None:
         shape = make_base_shape(recipe.base)
+    shape, new_blocks = find_blocks(recipe, stage, shape)
+    check_learning(stage, shape, new_blocks)
     job = Job(
         shape=shape,
         padded_vocab_size=pad_vocab_size(shape.vocab_size, recipe.checkpoint.vocab_pad_multiple),
@@ -87,6 +91,7 @@ def plan_stage(
         stage=stage,
         world_size=config.world_size,
         on_gpu=config.device != "cpu",
+        new_blocks=new_blocks,
     )
     check_job(job)
     device_bytes = (config.device_memory or device.memory_gb) * 1e9
@@ -98,6 +103,25 @@ def plan_stage(
     costs = count(job, measure_stages(job))
     found = None if costs.fits else find_layout(job, device_bytes)
     return costs, count(*found) if found else None
+
+
+def find_blocks(recipe: Recipe, stage: StageSettings, shape: LlamaShape) -> tuple[LlamaShape, tuple[int, ...]]:
+    """Return the shape with the blocks that were added to the checkpoint of the run, and their numbers.
+
+    Raises:
+        ConfigError: the stage trains added blocks, and the run has no checkpoint yet that says which those are.
+    """
+    root = RunFolder(recipe.work_dir).megatron
+    if stage != recipe.base_train and (root / LATEST_FILE).is_file():
+        description = read_description(find_checkpoint(root))
+        if description.new_blocks:
+            return replace(shape, num_layers=description.shape.num_layers), description.new_blocks
+    elif stage.trainable == "expanded_blocks":
+        raise ConfigError(
+            f'train.stages {stage.name}: trainable = "expanded_blocks": {root}, which says how many there are, is not '
+            "there yet; make it first: tools/reshape_checkpoint.py expand"
+        )
+    return shape, ()
 
 
 def find_shape(recipe: Recipe, config: Path | None) -> LlamaShape:

@@ -8,6 +8,9 @@ Every stage warms up from 0 (re-warming, Ibrahim et al. 2024, arXiv 2403.08763).
 - ``infinite`` (the same paper, section 4.3): over ``lr_cooldown_fraction`` of the steps a cosine down to
   ``lr_constant``, then constant - here data may be added or exchanged without warming up again - and over the last
   ``lr_wsd_decay_fraction`` exponentially down to ``min_lr``.
+
+With ``decoupled_lr`` (Megatron-LM's ``--decoupled-lr``) the vocabulary matrices have a peak and an end of their own in
+a schedule of the same form; what ``infinite`` keeps is in the proportion of the peaks.
 """
 
 import math
@@ -15,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
 
 from megatron_adapt.config import StageSettings
 
@@ -33,7 +36,8 @@ class InfiniteSchedule(OptimizerParamScheduler):  # type: ignore[misc]
     def get_lr(self, param_group: dict[str, Any]) -> float:
         """Return the learning rate of the step."""
         peak, last = float(param_group["max_lr"]), float(param_group["min_lr"])
-        constant, done = self.stage.lr_constant, int(self.num_steps - self.lr_warmup_steps)
+        constant = self.stage.lr_constant * (peak / self.stage.lr)
+        done = int(self.num_steps - self.lr_warmup_steps)
         if done <= 0:
             return float(peak * self.num_steps / max(1, self.lr_warmup_steps))
         cooldown = max(1, round(self.stage.lr_cooldown_fraction * self.lr_decay_steps))
@@ -52,8 +56,10 @@ def describe_schedule(schedule: OptimizerParamScheduler) -> dict[str, Any]:
     described = {name: getattr(schedule, name) for name in names.split()}
     if isinstance(schedule, InfiniteSchedule):
         described |= {name: getattr(schedule.stage, name) for name in _INFINITE}
-    rate = next((group["lr"] for group in schedule.optimizer.param_groups), 0.0)
-    return {"learning_rate": rate, **described}
+    own = next((group for group in schedule.optimizer.param_groups if group.get("is_decoupled_lr")), None)
+    if own is not None:
+        described |= {"decoupled_lr": own["max_lr"], "decoupled_min_lr": own["min_lr"]}
+    return {"learning_rate": read_rates(schedule.optimizer)[0], **described}
 
 
 def describe_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -64,6 +70,13 @@ def describe_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         return ""
     listed = ", ".join(f"{name} {old}, now {new}" for name, (old, new) in changed.items())
     return f"learning rate: {rates[0]:.4g} at the save, now {rates[1]:.4g} ({listed})"
+
+
+def read_rates(optimizer: MegatronOptimizer) -> tuple[float, float | None]:
+    """Return the learning rate of the step, and that of the vocabulary matrices where it is one of their own."""
+    rate = get_canonical_lr_for_logging(optimizer.param_groups)
+    decoupled = next((group["lr"] for group in optimizer.param_groups if group.get("is_decoupled_lr")), None)
+    return float(rate or 0.0), decoupled
 
 
 def build_schedule(

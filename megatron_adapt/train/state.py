@@ -4,6 +4,7 @@ Writes ``<root>/iter_NNNNNNN/`` (weights, fp32 masters and moments, step count; 
 layout) with ``adapt.json`` (the model), ``plan.json`` and ``training.json`` (what the run reads, and the cursors: where
 it stands in each source), and last of all
 ``latest_checkpointed_iteration.txt``: a run killed during a save continues from the save before.
+Where some layers of a stack learn (``by_layer``), the optimizer's keys name the layer; the weights are stacked as ever.
 Nothing in a run draws random numbers after its start (there is no dropout, and the data order is computed), so
 there is no random state to keep.
 """
@@ -35,10 +36,12 @@ from megatron_adapt.checkpoint.root import (
     write_latest,
 )
 from megatron_adapt.checkpoint.weights import name_chunks, weights_state_dict
+from megatron_adapt.data.batches import Batches
 from megatron_adapt.data.plan import BlendPosition, write_plan
+from megatron_adapt.engine.adam import align_steps
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.files import read_json, to_plain, write_json
-from megatron_adapt.run_folder import PLAN_FILE, TRAINING_FILE
+from megatron_adapt.run_folder import OLDER_DEFAULTS, PLAN_FILE, TRAINING_FILE
 from megatron_adapt.train.optimizer import Trainer
 from megatron_adapt.train.schedule import describe_change, describe_schedule
 
@@ -85,13 +88,14 @@ def save_state(
     dist.barrier()
 
 
-def load_state(root: Path, trainer: Trainer, training: Mapping[str, Any]) -> int:
+def load_state(root: Path, trainer: Trainer, training: Mapping[str, Any], batches: Batches | None = None) -> int:
     """Load the last saved state into ``trainer``; every rank calls this.
 
     Args:
         root: folder of the stage's checkpoints.
         trainer: freshly built; its weights, masters, moments and schedule are overwritten.
         training: what this run reads; the saved run must have read the same.
+        batches: which windows make which step; None where all steps take the same number.
 
     Returns:
         Optimizer steps done; 0 if nothing was saved yet.
@@ -102,7 +106,7 @@ def load_state(root: Path, trainer: Trainer, training: Mapping[str, Any]) -> int
     if not (root / LATEST_FILE).is_file():
         return 0
     folder = find_checkpoint(root)
-    saved = read_json(folder / TRAINING_FILE)
+    saved = {**OLDER_DEFAULTS, **read_json(folder / TRAINING_FILE)}
     for name, value in to_plain(training).items():
         # A run of before a setting existed had its default.
         if name in saved and saved[name] != value:
@@ -112,7 +116,7 @@ def load_state(root: Path, trainer: Trainer, training: Mapping[str, Any]) -> int
             )
     load_trainer(folder, trainer)
     step = read_description(folder).step
-    trainer.schedule.step(increment=step)
+    trainer.schedule.step(increment=step if batches is None else batches.count_progress(step))
     _logger.info("continuing after step %d of %s", step, folder)
     # A run of before the schedule was kept says nothing of it.
     changed = describe_change(saved["schedule"], describe_schedule(trainer.schedule)) if "schedule" in saved else ""
@@ -154,7 +158,11 @@ def _sharded_state(trainer: Trainer, *, is_loading: bool) -> dict[str, Any]:
         "dp_cp_group": _data_parallel_group(),
     }
     state: dict[str, Any] = weights_state_dict(trainer.bare_models)
-    state["optimizer"] = trainer.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    if not is_loading:
+        align_steps(trainer.optimizer)
+    # Weights are stacked whatever learns; a stack of which some layers learn has no place for their moments alone.
+    known = weights_state_dict(trainer.bare_models, by_layer=True) if trainer.by_layer else state
+    state["optimizer"] = trainer.optimizer.sharded_state_dict(known, is_loading=is_loading, metadata=metadata)
     return state
 
 

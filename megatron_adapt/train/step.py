@@ -27,6 +27,7 @@ from megatron_adapt.engine.parallel import get_device
 from megatron_adapt.train.distill import Distillation, compare_hidden_states
 from megatron_adapt.train.documents import find_documents
 from megatron_adapt.train.optimizer import Trainer
+from megatron_adapt.train.schedule import read_rates
 from megatron_adapt.train.tally import BatchSources, sum_by_source
 
 
@@ -39,6 +40,8 @@ class StepReport:
     grad_norm: float
     "Norm of the gradient before clipping."
     learning_rate: float
+    decoupled_learning_rate: float | None = None
+    "That of the vocabulary matrices where it is one of their own; ``learning_rate`` is that of the others."
     num_left_out: int = 0
     "Positions without a loss because the teacher of token distillation ends before them."
     by_source: tuple[float, ...] = ()
@@ -54,6 +57,7 @@ def train_step(
     reset_at: int | None = None,
     distillation: Distillation | None = None,
     sources: BatchSources | None = None,
+    progress: int = 1,
 ) -> StepReport:
     """Do one optimizer step on a global batch.
 
@@ -65,6 +69,7 @@ def train_step(
         reset_at: end-of-document id behind which attention starts anew; None where it spans documents.
         distillation: compare hidden states with those of the old pieces; None predicts the next token.
         sources: where the windows are from, to sum losses and bytes per source; not with ``distillation``.
+        progress: how far the schedule of the learning rate goes, in what it counts.
     """
     for model in trainer.models:
         model.zero_grad_buffer()
@@ -75,16 +80,19 @@ def train_step(
     if distillation is not None:
         forward = partial(_forward_distillation, distillation, reset_at)
     sums = _run_schedule(trainer.models, forward, windows, loss_mask, micro_batch_size, learn=True, sources=sources)
-    trainer.schedule.step(increment=1)
+    trainer.schedule.step(increment=progress)
     for rows in trainer.frozen_rows:
         rows.zero_gradient()
     _, grad_norm, _ = trainer.optimizer.step()
     sums = sums.cpu()
-    learning_rate = next((group["lr"] for group in trainer.optimizer.param_groups), 0.0)
     # A batch without a new token has nothing to distil.
     num_tokens = sums[1] if distillation is None else sums[1].clamp(min=1)
     return StepReport(
-        float(sums[0] / num_tokens), float(grad_norm or 0.0), learning_rate, int(sums[2]), tuple(sums[3:].tolist())
+        float(sums[0] / num_tokens),
+        float(grad_norm or 0.0),
+        *read_rates(trainer.optimizer),
+        num_left_out=int(sums[2]),
+        by_source=tuple(sums[3:].tolist()),
     )
 
 

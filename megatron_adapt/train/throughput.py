@@ -41,13 +41,13 @@ class Throughput:
     def __init__(self, inputs: StageInputs) -> None:
         settings, model = inputs.settings, inputs.description
         self._price = settings.device_hour_price
-        self._num_steps = inputs.blend.plan.num_steps
-        self._tokens_per_step = settings.global_batch_size * settings.seq_length
+        self._batches = inputs.batches
+        self._seq_length = settings.seq_length
         self._flops_per_token: float | None = None
         self._peak: float | None = None
         if inputs.distillation is None:
-            trainable = inputs.place.settings.trainable
-            self._flops_per_token = count_flops(model.shape, model.padded_vocab_size, settings.seq_length, trainable)
+            learns = inputs.place.settings.trainable, model.new_blocks
+            self._flops_per_token = count_flops(model.shape, model.padded_vocab_size, settings.seq_length, *learns)
             self._peak = find_peak(bf16=settings.bf16)
         self.start(0)
 
@@ -75,8 +75,11 @@ class Throughput:
         """Return the numbers of the steps since the last call, the last of them ``step``; all ranks call this."""
         now = time.perf_counter()
         seconds = now - self._since - self._pausing
-        speed = (step - self._step) * self._tokens_per_step / seconds
-        left = (self._num_steps - step) * (now - self._begun) / (step - self._first)
+        first, before, here, last = map(
+            self._batches.count_windows, (self._first, self._step, step, self._batches.num_steps)
+        )
+        speed = (here - before) * self._seq_length / seconds
+        left = (last - here) * (now - self._begun) / (here - first)
         worst = torch.tensor([self._reading / seconds, measure_memory()], dtype=torch.float64, device=get_device())
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         self._since, self._step, self._reading, self._pausing = now, step, 0.0, 0.0

@@ -46,6 +46,13 @@ def test_documents_of_a_step_are_those_its_windows_were_cut_from(recipe, step):
         assert all(part.first + part.tokens <= 7 for part in window.documents)
 
 
+def test_steps_of_a_growing_batch_follow_each_other(recipe):
+    ramped = make_recipe(recipe.work_dir, make_stage(tokens=4000, rampup_batch_size=(1, 1, 12)), train={"seed": 5})
+    places = [[window.place for window in trace(ramped, step)] for step in range(1, 9)]
+    assert [len(step) for step in places] == [1, 1, 1, 1, 2, 2, 3, 3]
+    assert [place for step in places for place in step] == list(range(14))
+
+
 def test_the_epochs_of_a_small_source_are_counted(recipe):
     epochs = {window.epoch for step in (1, 60, 100) for window in trace(recipe, step) if window.source == "ja/web"}
     assert epochs == {0, 2, 4}

@@ -51,16 +51,28 @@ def test_weights_are_those_of_the_shape_and_of_the_engine(tied, qkv_bias):
             assert freeze_rest(model, trainable) == count_learning(shape, PADDED, trainable)
 
 
-@pytest.mark.parametrize("trainable", ["all", "embeddings"])
-def test_torch_counts_the_same_matrix_products(trainable):
+# What learns, and through the attention of how many of the four layers gradients go.
+CHOICES = {
+    "all": ("all", 4),
+    "embeddings": ("embeddings", 4),
+    "blocks": ("expanded_blocks", 3),
+    "a matrix": (("decoder.layers.1.mlp.linear_fc1.*",), 2),
+    "a bias": (("decoder.layers.0.*bias",), 4),
+    "the head": (("output_layer.*",), 0),
+}
+
+
+@pytest.mark.parametrize(("trainable", "num_backward"), CHOICES.values(), ids=CHOICES)
+def test_torch_counts_the_same_matrix_products(trainable, num_backward):
     job = make_job()
     with start_fake_engine(job.train, rank=0, world_size=1, on_gpu=True):
-        model = build_model(SHAPE, padded_vocab_size=PADDED, layout=job.train, seq_length=128, bf16=True)
-        freeze_rest(model, trainable)
+        shape = replace(SHAPE, qkv_bias=True)
+        model = build_model(shape, padded_vocab_size=PADDED, layout=job.train, seq_length=128, bf16=True)
+        assert freeze_rest(model, trainable, new_blocks=(1,)) == count_learning(shape, PADDED, trainable, (1,))
         with FlopCounterMode(display=False) as counter:
             run_forward_backward(job, model)
     counted = {str(name): number for name, number in counter.get_flop_counts()["Global"].items()}
     products = sum(number for name, number in counted.items() if "attention" not in name)
     tokens, width = 2 * 128, SHAPE.num_attention_heads * SHAPE.kv_channels
-    attention = 3 * SHAPE.num_layers * 4 * width * (128 + 1) / 2
-    assert products == tokens * (count_flops(SHAPE, PADDED, 128, trainable) - attention)
+    attention = (SHAPE.num_layers + 2 * num_backward) * 4 * width * (128 + 1) / 2
+    assert products == tokens * (count_flops(shape, PADDED, 128, trainable, (1,)) - attention)

@@ -123,6 +123,13 @@ def test_a_frozen_body_has_no_gradients_and_stages_without_embeddings_none_at_al
     )  # what only the gradients of weights need is not kept
 
 
+def test_stages_that_own_other_added_blocks_are_measured_each_for_itself():
+    job = replace(make_job(world_size=4, trainable="expanded_blocks", **split(1, 4)), new_blocks=(2,))
+    first, *middle, last = measure_stages(job)
+    assert [stage.gradients > 0 for stage in (first, *middle, last)] == [False, False, True, False]
+    assert middle[1].gradients == measure_rank(make_job(world_size=4, **split(1, 4)), 2).gradients
+
+
 def test_a_stage_holds_the_micro_batches_of_1f1b():
     stages = measure_stages(make_job(world_size=4, global_batch_size=6, **split(1, 4)))
     assert [stage.in_flight for stage in stages] == [3, 3, 2, 1]

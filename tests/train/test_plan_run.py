@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_adapt.checkpoint.root import Description, write_description, write_latest
 from megatron_adapt.config import BaseSettings, PlanRun, StageSettings
 from megatron_adapt.errors import ConfigError
 from megatron_adapt.flags import load_recipe_with
@@ -97,6 +98,51 @@ def test_a_plan_names_all_stages_and_their_figures(recipe_file, tmp_path, capsys
     peak = 8 * 989.5e12 * 0.4 * 86400
     assert full["days"] == pytest.approx(101 * full["flops_per_step"] / peak)
     assert full["fitting"] is None
+
+
+def test_patterns_are_planned_and_a_name_that_nothing_has_is_refused(recipe_file, tmp_path):
+    text, output = recipe_file.read_text(), tmp_path / "plan.json"
+    recipe_file.write_text(text.replace('"embeddings"', '["embedding.*", "decoder.layers.3.mlp.*"]'))
+    plan(recipe_file, "--world-size", "1", "--json", str(output), "--stage", "rows")
+    (rows,) = json.loads(output.read_text())["stages"]
+    assert rows["trainable"] == "embedding.*, decoder.layers.3.mlp.*"
+    assert rows["learning"] == (1280 + 3 * CONFIG["intermediate_size"]) * 64
+    recipe_file.write_text(text.replace('"embeddings"', '"decoder.layers.4.*"'))
+    with pytest.raises(ConfigError, match=r"stages rows: trainable 'decoder\.layers\.4\.\*' matches no parameter"):
+        plan(recipe_file, "--world-size", "1")
+
+
+def test_a_growing_batch_takes_more_steps_and_as_many_operations(recipe_file, tmp_path):
+    flags = ["--world-size", "1", "--stage", "rows", "--json", str(tmp_path / "plan.json")]
+    planned = []
+    for ramp in ([], ["--train.stages.0.rampup-batch-size", "8", "8", "48"]):
+        plan(recipe_file, *flags, *ramp)
+        planned += json.loads((tmp_path / "plan.json").read_text())["stages"]
+    whole, ramped = planned
+    # 8, 8, 16 and 24 of the 98 * 32 windows, then 96 times 32 and once 8.
+    assert (whole["steps"], ramped["steps"]) == (98, 101)
+    assert ramped["days"] == whole["days"]
+
+
+def test_added_blocks_are_planned_once_they_are_there(recipe_file, tmp_path):
+    recipe_file.write_text(recipe_file.read_text().replace('"embeddings"', '"expanded_blocks"'))
+    message = r'trainable = "expanded_blocks": .*megatron, which says how many there are, is not there yet; make it'
+    with pytest.raises(ConfigError, match=message):
+        plan(recipe_file, "--world-size", "1", "--stage", "rows")
+    expanded = tmp_path / "run" / "megatron" / "release"
+    expanded.mkdir(parents=True)
+    (expanded / ".metadata").touch()
+    write_latest(expanded.parent, None)
+    description = Description(
+        shape=replace(SHAPE, num_layers=6), true_vocab_size=1250, padded_vocab_size=1280, tokenizer_fingerprint=None,
+        step=0, dtype="bfloat16", new_blocks=(2, 5),
+    )  # fmt: skip
+    write_description(expanded, description)
+    plan(recipe_file, "--world-size", "1", "--stage", "rows", "--json", str(tmp_path / "plan.json"))
+    (rows,) = json.loads((tmp_path / "plan.json").read_text())["stages"]
+    assert rows["parameters"] == replace(SHAPE, num_layers=6, vocab_size=1280).num_parameters
+    body = replace(SHAPE, vocab_size=0).num_parameters - SHAPE.hidden_size
+    assert rows["learning"] == 2 * body // SHAPE.num_layers
 
 
 def test_a_checkpoint_is_as_large_as_planned(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_adapt.config import StageSettings
 from megatron_adapt.errors import ConfigError
-from megatron_adapt.train.schedule import build_schedule, describe_change, describe_schedule
+from megatron_adapt.train.schedule import build_schedule, describe_change, describe_schedule, read_rates
 
 STAGE = {"name": "s", "tokens": 1, "blend": {"xx": 1.0}, "lr": 1.0, "min_lr": 0.01, "lr_warmup_fraction": 0.1}
 NUM_STEPS = 100
@@ -63,6 +63,22 @@ def test_infinite_cools_down_keeps_a_constant_and_anneals_exponentially():
     assert rates[89] == pytest.approx(0.25 * 0.01**0.5)
     assert rates[-1] == pytest.approx(0.0025)
     assert all(a >= b for a, b in pairwise(rates[9:]))
+
+
+@pytest.mark.parametrize("style", ["cosine", "linear", "WSD", "infinite"])
+def test_a_group_of_half_the_peak_and_end_learns_with_half_the_rate_at_every_step(style):
+    extra = {"lr_constant": 0.3} if style == "infinite" else {}
+    stage = StageSettings(**STAGE, lr_decay_style=style, decoupled_lr=0.5, decoupled_min_lr=0.005, **extra)
+    body = {"max_lr": stage.lr, "min_lr": stage.min_lr, "default_config": True}
+    vocabulary = {"max_lr": stage.decoupled_lr, "min_lr": stage.decoupled_last_lr, "is_decoupled_lr": True}
+    optimizer = SimpleNamespace(param_groups=[body, vocabulary])
+    schedule = build_schedule(optimizer, stage, NUM_STEPS, 0.1)
+    rates = []
+    for _ in range(NUM_STEPS):
+        schedule.step(1)
+        rates.append(read_rates(optimizer))
+    assert [half for _, half in rates] == pytest.approx([rate / 2 for rate, _ in rates])
+    assert [rate for rate, _ in rates] == list_rates(lr_decay_style=style, **extra)
 
 
 @pytest.mark.parametrize(

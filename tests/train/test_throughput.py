@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_adapt.config import StageSettings, TrainSettings
+from megatron_adapt.data.batches import Batches
 from megatron_adapt.engine.parallel import Layout, start_engine
 from megatron_adapt.train import throughput
 from megatron_adapt.train.flops import DEVICES, count_flops, find_device
@@ -43,9 +44,9 @@ def make_inputs(*, trainable="all", distillation=None, **settings):
     stage = StageSettings(name="one", tokens=1, blend={"en": 1.0}, trainable=trainable)
     return SimpleNamespace(
         settings=TrainSettings(seq_length=15, global_batch_size=4, **settings),
-        description=SimpleNamespace(shape=SHAPE, padded_vocab_size=100),
+        description=SimpleNamespace(shape=SHAPE, padded_vocab_size=100, new_blocks=()),
         place=SimpleNamespace(settings=stage),
-        blend=SimpleNamespace(plan=SimpleNamespace(num_steps=10)),
+        batches=Batches.of(stage, num_windows=40, global_batch_size=4),
         distillation=distillation,
     )
 
