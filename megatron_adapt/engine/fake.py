@@ -12,7 +12,8 @@ What the engine asks of real tensors or of other ranks is answered here, for as 
 4. the states of random generators are not kept apart: nothing is drawn;
 5. for a GPU, RMSNorm keeps what the fused kernel of CUDA keeps - input, weight and one number a token - where the CPU
    keeps several fp32 copies. Attention needs no such answer: the flash kernels of CPU and GPU keep the same;
-6. attention over shared windows has no mask: it cannot be a fake tensor, and the flash kernels keep none.
+6. attention over shared windows has no mask: it cannot be a fake tensor, and the flash kernels keep none;
+7. the upstream gradient of the loss is the same for all tokens, as in training: fake tensors have no values to compare.
 
 A GPU of this machine is not seen, and megatron-core stays bound to the CPU in this process (``cpu.install``): plan in a
 process of its own.
@@ -35,6 +36,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_adapt.config import Layout
 from megatron_adapt.engine import attention, cpu
+from megatron_adapt.engine.kernels import linear_cross_entropy
 from megatron_adapt.engine.llama import LlamaModel
 from megatron_adapt.engine.parallel import make_groups, quieten_engine
 
@@ -59,6 +61,7 @@ def start_fake_engine(layout: Layout, *, rank: int, world_size: int, on_gpu: boo
             mock.patch.object(parallel_state, "create_group", make_group),
             mock.patch.object(dist, "all_gather_object", _gather_own),
             mock.patch.object(LlamaModel, "to", _stay),
+            mock.patch.object(linear_cross_entropy, "_find_common_value", _answer_one),
             mock.patch.object(CudaRNGStatesTracker, "fork", _keep_generator),
             mock.patch.object(attention, "causal_lower_right", _keep_no_mask),
             norm,
@@ -83,6 +86,10 @@ def _make_fake_group(make: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _gather_own(gathered: list[Any], item: Any, group: Any = None) -> None:
     gathered[:] = [item] * len(gathered)
+
+
+def _answer_one(*_: Any) -> float:
+    return 1.0
 
 
 def _stay(model: LlamaModel, *_: Any, **__: Any) -> LlamaModel:

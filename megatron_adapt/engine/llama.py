@@ -1,8 +1,8 @@
 """LlamaShape to a megatron-core ``GPTModel``: the same arithmetic as transformers' ``LlamaForCausalLM``.
 
-Three things differ from the engine's defaults: norm and core attention are ours (``norm``, ``attention``); the
-llama3 frequency scaling takes all four of its numbers, where the engine assumes 8192 original positions; and the
-columns that pad the vocabulary never enter the softmax of the loss.
+Four things differ from the engine's defaults: norm and core attention are ours (``norm``, ``attention``); the
+llama3 frequency scaling takes all four of its numbers, where the engine assumes 8192 original positions; head and loss
+are one (``kernels.linear_cross_entropy``); and columns that pad the vocabulary take no part in it.
 Weights are left uninitialised: they always come from a checkpoint.
 """
 
@@ -20,7 +20,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -32,6 +35,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_adapt.config import Layout
 from megatron_adapt.engine.attention import SDPACoreAttention
+from megatron_adapt.engine.kernels.linear_cross_entropy import Columns, linear_cross_entropy
 from megatron_adapt.engine.norm import RMSNorm
 from megatron_adapt.engine.parallel import get_device
 from megatron_adapt.errors import EngineError
@@ -39,27 +43,55 @@ from megatron_adapt.shape import LlamaShape
 
 
 class LlamaModel(GPTModel):  # type: ignore[misc]
-    """A ``GPTModel`` whose loss ignores the columns that only pad the vocabulary."""
+    """A ``GPTModel`` that computes losses without logits, over the true vocabulary."""
 
     true_vocab_size: int
 
-    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return the loss of every token, over the true vocabulary.
+    def _postprocess(
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        labels: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Return the loss of every token; without ``labels``, or on an earlier stage, what the engine returns.
 
         Args:
+            hidden_states: [T, B, H], under sequence parallelism this rank's part of T.
+            args: of the engine.
             labels: [B, T] token ids.
-            logits: [T, B, V_local], the columns of this tensor-parallel rank; padding columns are overwritten.
+            loss_mask: [B, T], zero where a token bears no loss: its loss is 0 and costs nothing.
+            kwargs: of the engine.
 
         Returns:
-            [B, T] losses in nats, fp32.
+            [B, T] losses in nats over the true vocabulary, fp32.
         """
-        local_columns = logits.shape[-1]
-        first_column = parallel_state.get_tensor_model_parallel_rank() * local_columns
-        num_true = min(max(self.true_vocab_size - first_column, 0), local_columns)
-        if num_true < local_columns:
-            logits[..., num_true:] = torch.finfo(logits.dtype).min
-        loss_BT: torch.Tensor = super().compute_language_model_loss(labels, logits)
-        return loss_BT
+        if labels is None or not self.post_process:
+            states: torch.Tensor = super()._postprocess(
+                hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs
+            )
+            return states
+        tied = self.share_embeddings_and_output_weights
+        weight_VH = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        # As the engine's ColumnParallelLinear: ranks share the tokens, or the gradient, of a column-parallel product.
+        share = copy_to_tensor_model_parallel_region
+        if self.config.sequence_parallel:
+            share = gather_from_sequence_parallel_region
+        loss_N = linear_cross_entropy(
+            share(hidden_states, group=self.tp_group).flatten(0, 1),
+            weight_VH,
+            labels.t().flatten(),
+            self._get_columns(len(weight_VH)),
+            loss_mask_N=None if loss_mask is None else loss_mask.t().flatten(),
+        )
+        return loss_N.view(labels.shape[::-1]).t().contiguous()
+
+    def _get_columns(self, num_rows: int) -> Columns:
+        """Return the part of the vocabulary that this tensor-parallel rank holds."""
+        first = self.tp_group.rank() * num_rows
+        num_true = min(max(self.true_vocab_size - first, 0), num_rows)
+        return Columns(first=first, num_true=num_true, group=self.tp_group if self.tp_group.size() > 1 else None)
 
     def compute_hidden_states(
         self, ids_BT: torch.Tensor, layer: int, documents: PackedSeqParams | None = None

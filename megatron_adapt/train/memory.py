@@ -10,7 +10,7 @@ the storages that are alive. What is counted and what is not:
 - activations: what lives between the forward and the backward pass of a micro-batch, times the micro-batches that a
   stage of the 1F1B schedule holds at once, ``min(P - p, micro-batches)``; under a virtual pipeline the parts of the
   model take turns, P micro-batches each (``list_in_flight``; Narayanan et al. 2021, arXiv 2104.04473);
-- working memory: what a micro-batch takes beyond that at its worst moment, such as the fp32 logits of the loss;
+- working memory: what a micro-batch takes beyond that at its worst moment, such as a chunk of logits of the loss;
 - not counted: copies that attention inside documents makes (``reset_attention_mask``), the copy of one gradient that
   clipping makes, the CUDA context, buffers of NCCL and cuBLAS, and gaps between blocks of the allocator.
 

@@ -207,7 +207,8 @@ def _forward_step(
     if reset_at is not None:
         cu_seqlens = find_documents(windows[:, :-1], reset_at)
         documents = pack_documents(torch.from_numpy(cu_seqlens), inputs_BT.shape[1])
-    output = model(inputs_BT, positions_BT, None, labels=labels_BT, packed_seq_params=documents)
+    masked_BT = None if token_bytes_V is None and loss_mask.all() else weights_BT > 0
+    output = model(inputs_BT, positions_BT, None, labels=labels_BT, loss_mask=masked_BT, packed_seq_params=documents)
     count = None
     if sources is not None:
         bytes_BT = sources.token_bytes_V[labels_BT]

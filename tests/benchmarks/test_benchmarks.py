@@ -24,6 +24,8 @@ SIZES = {
     "convert": ("--size", "0.004"),
     "preprocess": ("--size", "0.1", "--workers", "1", "--rounds", "1"),  # a round starts seven processes
     "text_loops": ("--size", "0.1"),
+    "loss_memory": ("--quick",),
+    "train_cpu": ("--quick",),
 }
 KEYS = {
     "attention": {"positions", "threads", "cases"},
@@ -36,6 +38,8 @@ KEYS = {
     "text_loops": {"mb", "real_text", "cases"},
     "fill": {"columns", "cases"},
     "propagate": {"columns", "cases"},
+    "loss_memory": {"tokens", "threads", "largest_differences", "cases"},
+    "train_cpu": {"threads", "first_losses", "cases"},
 }  # fmt: skip
 CASE_KEYS = {
     "attention": {
@@ -51,6 +55,8 @@ CASE_KEYS = {
     "text_loops": {"case", "mb_per_second", "time_ratio"},
     "fill": {"case", "seconds", "time_ratio", "extra_mib"},
     "propagate": {"case", "seconds", "time_ratio", "extra_mib", "peak_mib"},
+    "loss_memory": {"case", "num_columns", "seconds", "time_ratio", "extra_mib", "memory_ratio"},
+    "train_cpu": {"case", "tokens_per_second", "time_ratio"},
 }  # fmt: skip
 
 
@@ -83,6 +89,8 @@ def test_every_benchmark_is_tested():
         pytest.param("convert", marks=pytest.mark.slow),
         pytest.param("preprocess", marks=pytest.mark.slow),
         "text_loops",
+        pytest.param("loss_memory", marks=pytest.mark.slow),
+        pytest.param("train_cpu", marks=pytest.mark.slow),
     ],
 )
 def test_the_last_line_holds_the_figures(name):

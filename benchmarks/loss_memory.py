@@ -1,0 +1,152 @@
+"""Output head and loss, forward and backward: megatron-core's own way against ours, on the CPU.
+
+1. ``check_equal``: both give the same losses and gradients on few tokens, else nothing is measured.
+2. ``step_once``: one call in a fresh process, the peak above what it held before; losses and both gradients are part
+   of it. A call with few tokens comes first, so that thread pools and kernels are there.
+3. ``run_in_turns``: one call of each a round, same tensors.
+
+The peer is what ``GPTModel`` does at tensor parallel size 1: ``torch.matmul`` of ``ColumnParallelLinear``, then
+``vocab_parallel_cross_entropy``. Hidden states are 1024 wide; the weight is not counted, its gradient is.
+
+``python benchmarks/loss_memory.py [--quick] [--size TOKENS]``
+"""
+
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from measuring.report import make_parser, print_figures, print_table, show_ratio
+from measuring.rounds import compare, make_timed, measure, run_fresh, run_in_turns
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+from megatron_adapt.engine.kernels.linear_cross_entropy import Columns, linear_cross_entropy
+from megatron_adapt.engine.parallel import Layout, start_engine
+from megatron_adapt.errors import EngineError
+from megatron_adapt.flags import run_tool
+
+HIDDEN_SIZE, NUM_TOKENS, QUICK_TOKENS, FEW_TOKENS = 1024, 8192, 128, 16
+VOCABULARIES = tuple(1024 * size for size in (32, 64, 128, 256))
+QUICK_VOCABULARIES = (4096,)
+ROUNDS = 3
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
+
+
+def compute_unfused(hidden_NH: torch.Tensor, weight_VH: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """Return losses as megatron-core computes them."""
+    loss: torch.Tensor = vocab_parallel_cross_entropy(
+        torch.matmul(hidden_NH[:, None], weight_VH.t()), labels_N[:, None]
+    )
+    return loss[:, 0]
+
+
+def compute_ours(hidden_NH: torch.Tensor, weight_VH: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """Return losses as our model computes them."""
+    return linear_cross_entropy(hidden_NH, weight_VH, labels_N, Columns(first=0, num_true=len(weight_VH), group=None))
+
+
+LOSSES = {"megatron_core": compute_unfused, "ours": compute_ours}
+
+
+def make_step(name: str, num_tokens: int, num_columns: int, dtype: torch.dtype) -> Callable[[], list[torch.Tensor]]:
+    """Return a function that runs forward and backward and returns losses and two gradients."""
+    draw = torch.Generator().manual_seed(0)
+    hidden_NH = torch.randn(num_tokens, HIDDEN_SIZE, generator=draw).to(dtype).requires_grad_()
+    weight_VH = torch.empty(num_columns, HIDDEN_SIZE, dtype=dtype).normal_(0, 0.02, generator=draw).requires_grad_()
+    labels_N = torch.randint(0, num_columns, (num_tokens,), generator=draw)
+
+    def step() -> list[torch.Tensor]:
+        loss_N = LOSSES[name](hidden_NH, weight_VH, labels_N)
+        gradients = torch.autograd.grad(loss_N.sum(), (hidden_NH, weight_VH))
+        return [loss_N.detach(), *gradients]
+
+    return step
+
+
+def check_equal(dtype: torch.dtype) -> float:
+    """Return the largest difference between the two, over the largest value.
+
+    Raises:
+        EngineError: the difference is more than rounding.
+    """
+    theirs, ours = (make_step(name, 300, 1000, dtype)() for name in LOSSES)
+    difference = max(
+        float((one.float() - other.float()).abs().max() / one.float().abs().max())
+        for one, other in zip(theirs, ours, strict=True)
+    )
+    if difference > TOLERANCE[dtype]:
+        raise EngineError(f"{dtype}: the two differ by {difference:.2g}; mend the loss before measuring it")
+    return difference
+
+
+def step_once(name: str, num_tokens: int, num_columns: int, dtype: torch.dtype, num_threads: int) -> float:
+    """Run one step in this process, fresh but warmed up; return the MiB that its peak adds."""
+    torch.set_num_threads(num_threads)
+    with start_engine(Layout(), seed=0):
+        make_step(name, FEW_TOKENS, 64, dtype)()
+        return measure(make_step(name, num_tokens, num_columns, dtype)).extra_mib
+
+
+def measure_case(num_tokens: int, num_columns: int, dtype: torch.dtype, num_rounds: int) -> dict[str, Any]:
+    """Measure time and memory of both on one vocabulary."""
+    calls = {name: make_timed(make_step(name, num_tokens, num_columns, dtype)) for name in LOSSES}
+    seconds = run_in_turns(calls, num_rounds)
+    threads = torch.get_num_threads()
+    extra_mib = {name: run_fresh(step_once, name, num_tokens, num_columns, dtype, threads) for name in LOSSES}
+    return {
+        "case": f"{'fp32' if dtype == torch.float32 else 'bf16'}, {num_columns:,} columns",
+        "num_columns": num_columns,
+        "seconds": {name: median(values) for name, values in seconds.items()},
+        "time_ratio": compare(seconds, "megatron_core", "ours"),
+        "extra_mib": extra_mib,
+        "memory_ratio": extra_mib["megatron_core"] / extra_mib["ours"],
+    }
+
+
+def run(num_tokens: int, num_rounds: int, vocabularies: Sequence[int]) -> None:
+    """Measure all cases and print them.
+
+    Raises:
+        EngineError: there is a GPU, and the engine would use it.
+    """
+    if torch.cuda.is_available():
+        raise EngineError("loss_memory: this measures the CPU, but a GPU is visible; start with CUDA_VISIBLE_DEVICES=")
+    with start_engine(Layout(), seed=0):
+        differences = {str(dtype): check_equal(dtype) for dtype in TOLERANCE}
+        figures = [
+            measure_case(num_tokens, num_columns, dtype, num_rounds)
+            for dtype in TOLERANCE
+            for num_columns in vocabularies
+        ]
+    print(f"Output head and loss, forward and backward: {num_tokens:,} tokens, {HIDDEN_SIZE} wide")
+    print_table(
+        ("case", "peer s", "ours s", "time ratio (range)", "peer MiB", "ours MiB", "memory ratio"),
+        [
+            (
+                found["case"],
+                *found["seconds"].values(),
+                show_ratio(found["time_ratio"]),
+                *found["extra_mib"].values(),
+                found["memory_ratio"],
+            )
+            for found in figures
+        ],
+    )
+    print_figures(
+        "loss_memory",
+        ("torch", "megatron-core"),
+        {
+            "tokens": num_tokens,
+            "threads": torch.get_num_threads(),
+            "rounds": num_rounds,
+            "largest_differences": differences,
+            "cases": figures,
+        },
+    )
+
+
+if __name__ == "__main__":
+    parser = make_parser(__doc__, default_rounds=ROUNDS, size=NUM_TOKENS, unit="tokens")
+    arguments = parser.parse_args()
+    tokens = int(arguments.size or (QUICK_TOKENS if arguments.quick else NUM_TOKENS))
+    run_tool(run, tokens, arguments.rounds or ROUNDS, QUICK_VOCABULARIES if arguments.quick else VOCABULARIES)
