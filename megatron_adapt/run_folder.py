@@ -97,7 +97,8 @@ class StagePlace:
 # Settings of the launch, not of the result; the layout changes a loss in its last digits only.
 _WITHOUT_EFFECT = (
     "stages nproc_per_node micro_batch_size log_interval save_interval eval_interval eval_windows stop_after_steps "
-    "continue_blend exit_duration_in_mins tensorboard_dir wandb_project device_hour_price"
+    "continue_blend exit_duration_in_mins tensorboard_dir wandb_project device_hour_price async_save keep_last "
+    "save_retain_interval verify_checkpoint"
 ).split() + [item.name for item in fields(Layout)]
 # Settings that are newer than the first records: left out at their default, so that those still hold.
 _LATER_DEFAULTS = {

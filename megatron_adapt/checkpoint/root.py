@@ -6,6 +6,7 @@ that travel with the weights. ``adapt.json`` in a ``torch_dist`` folder describe
 guess its true vocabulary from a padded matrix.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ METADATA_FILE = ".metadata"
 "Index of a ``torch_dist`` folder; a folder without it is incomplete."
 PARTITION_PATTERN = "mp_rank_*"
 "Folders of an iteration in partitions (``legacy``), which has no index."
+_ITERATION = re.compile(r"iter_(\d{7,})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,12 @@ def name_iteration(step: int) -> str:
     return f"iter_{step:07d}"
 
 
+def list_steps(root: Path) -> list[int]:
+    """Return the steps of the checkpoints in a root, in ascending order."""
+    named = ((path, _ITERATION.fullmatch(path.name)) for path in (root.iterdir() if root.is_dir() else ()))
+    return sorted(int(match[1]) for path, match in named if match and _is_iteration(path))
+
+
 def is_megatron_checkpoint(folder: Path) -> bool:
     """Tell whether a folder is the root of a Megatron checkpoint or one of its iterations."""
     return (folder / LATEST_FILE).is_file() or _is_iteration(folder)
@@ -92,7 +100,9 @@ def find_checkpoint(folder: Path) -> Path:
         raise CheckpointError(f"{latest}: {word!r} is neither a step nor 'release'; correct the file")
     found = folder / (RELEASE if word == RELEASE else name_iteration(int(word)))
     if not _is_iteration(found):
-        raise CheckpointError(f"{latest}: names {found.name}, which is no checkpoint; name one that is there")
+        others = list_steps(folder)
+        there = f"write {others[-1]} into it to take {name_iteration(others[-1])}" if others else "there is no other"
+        raise CheckpointError(f"{latest}: names {found.name}, which is no checkpoint; {there}")
     return found
 
 

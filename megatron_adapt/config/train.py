@@ -263,6 +263,14 @@ class TrainSettings(Layout):
     "Steps between two lines of metrics."
     save_interval: int = 500
     "Steps between two checkpoints; the last step is always saved."
+    async_save: bool = False
+    "Train on while a checkpoint is written, by another process of every rank; needs host memory for a copy of it."
+    keep_last: int = 0
+    "Checkpoints of a stage that stay, the last ones; 0 keeps all."
+    save_retain_interval: int = 0
+    "With keep_last, checkpoints of steps that are multiples of this stay too; 0 is none."
+    verify_checkpoint: bool = True
+    "Compare SHA-256 of every file of a checkpoint before it is loaded, each rank its share; sizes always are."
     eval_interval: int = 100
     "Steps between two validations; the first and last step are always validated."
     eval_windows: int = 64
@@ -292,7 +300,16 @@ class TrainSettings(Layout):
             self.adam_eps > 0,
             f"train.adam_eps: {self.adam_eps} is not positive, and what has no gradient is divided by it; use 1e-8",
         )
-        for name in ("stop_after_steps", "exit_duration_in_mins", "device_hour_price"):
+        for name in "stop_after_steps exit_duration_in_mins device_hour_price keep_last save_retain_interval".split():
             require(getattr(self, name) >= 0, f"train.{name}: {getattr(self, name)} is below 0")
+        require(
+            self.keep_last > 0 or not self.save_retain_interval,
+            f"train.save_retain_interval: {self.save_retain_interval} has no effect without keep_last; add it",
+        )
+        require(
+            self.save_retain_interval % self.save_interval == 0,
+            f"train.save_retain_interval: {self.save_retain_interval} is not a multiple of save_interval "
+            f"{self.save_interval}; make it one",
+        )
         names = [stage.name for stage in self.stages]
         require(len(set(names)) == len(names), f"train.stages: a name occurs twice in {names}; rename one")

@@ -33,12 +33,14 @@ from megatron_adapt.logs import is_main_rank
 from megatron_adapt.parallelism import check_launch, count_batch_unit
 from megatron_adapt.recipe import Recipe
 from megatron_adapt.run_folder import is_trained
+from megatron_adapt.train.agree import check_saved
 from megatron_adapt.train.documents import mask_eod
 from megatron_adapt.train.inputs import StageInputs, open_inputs
 from megatron_adapt.train.metrics import StageMetrics, count_tokens, count_windows
 from megatron_adapt.train.optimizer import Trainer, build_trainer
+from megatron_adapt.train.saver import CheckpointSaver
 from megatron_adapt.train.sinks import check_sinks
-from megatron_adapt.train.state import load_state, load_trainer, save_state
+from megatron_adapt.train.state import load_state, load_trainer
 from megatron_adapt.train.step import StepReport, measure_bits_per_byte, train_step
 from megatron_adapt.train.stop import StopRequest
 
@@ -88,7 +90,10 @@ def train(recipe: Recipe, stage_name: str) -> None:
 def run_stage(trainer: Trainer, inputs: StageInputs) -> None:
     """Load weights or the state of an earlier launch, run the steps, record the finished stage."""
     plan, settings = inputs.blend.plan, inputs.settings
-    first, last = load_state(inputs.root, trainer, inputs.training, inputs.batches), inputs.batches.num_steps
+    verify, last = settings.verify_checkpoint, inputs.batches.num_steps
+    first = load_state(inputs.root, trainer, inputs.training, inputs.batches, verify=verify)
+    if first == 0:
+        check_saved(inputs.initial, verify=verify, continues=False)
     if first == 0 and inputs.place.settings.carry_optimizer:
         load_trainer(inputs.initial, trainer)
     elif first == 0:
@@ -99,20 +104,31 @@ def run_stage(trainer: Trainer, inputs: StageInputs) -> None:
         shutil.copytree(inputs.hf, inputs.root / HF_FOLDER, dirs_exist_ok=True)
         write_plan(inputs.place.run.plan(inputs.place.settings.name), plan)
     stop = min(last, first + (settings.stop_after_steps or last))
-    with StopRequest(settings.exit_duration_in_mins) as request, StageMetrics(inputs, first) as metrics:
-        done = run_steps(trainer, inputs, first, stop, request, metrics)
+    with (
+        StopRequest(settings.exit_duration_in_mins) as request,
+        StageMetrics(inputs, first) as metrics,
+        CheckpointSaver(inputs.root, settings) as saver,
+    ):
+        done = run_steps(trainer, inputs, first, stop, request, metrics, saver)
     if is_main_rank() and done == last:
         counts = {"steps": last, "tokens": count_tokens(inputs, last)}
         write_stage(inputs.root / STAGE_FILE, config=inputs.config, inputs=inputs.read_paths, counts=counts)
 
 
 def run_steps(
-    trainer: Trainer, inputs: StageInputs, first: int, stop: int, request: StopRequest, metrics: StageMetrics
+    trainer: Trainer,
+    inputs: StageInputs,
+    first: int,
+    stop: int,
+    request: StopRequest,
+    metrics: StageMetrics,
+    saver: CheckpointSaver,
 ) -> int:
     """Do the optimizer steps after ``first`` up to ``stop``; log, validate and save on the way.
 
     Returns:
-        The last step that was done and saved: ``stop``, or an earlier one where ``request`` found a reason.
+        The last step that was done and that ``saver`` saves: ``stop``, or an earlier one where ``request`` found a
+        reason.
     """
     settings, batches, last = inputs.settings, inputs.batches, inputs.batches.num_steps
     description = replace(inputs.description, dtype="bfloat16" if settings.bf16 else "float32")
@@ -135,6 +151,7 @@ def run_steps(
             sources=metrics.name_sources(sources_B),
             progress=batches.count_progress(step) - batches.count_progress(step - 1),
         )
+        saver.poll()
         _check_finite(report, step)
         metrics.add(report)
         reason = request.find_reason()
@@ -150,7 +167,7 @@ def run_steps(
             fingerprints = {name: source.fingerprint for name, source in inputs.blend.sources.items()}
             position = BlendPosition(inputs.blend.plan, count_windows(inputs, step), fingerprints)
             with metrics.clock.pause(), trainer.hold_weights():
-                save_state(inputs.root, trainer, replace(description, step=step), inputs.training, position)
+                saver.save(trainer, replace(description, step=step), inputs.training, position)
         if step == stop:
             break
     return stop

@@ -2,22 +2,26 @@
 
 Writes ``<root>/iter_NNNNNNN/`` (weights, fp32 masters and moments, step count; readable under any parallel
 layout) with ``adapt.json`` (the model), ``plan.json`` and ``training.json`` (what the run reads, and the cursors: where
-it stands in each source), and last of all
-``latest_checkpointed_iteration.txt``: a run killed during a save continues from the save before.
+it stands in each source), ``files.json`` (what its files are), and last of all
+``latest_checkpointed_iteration.txt``: a run killed during a save continues from the save before. All this stands in a
+hidden folder until it is complete.
 Where some layers of a stack learn (``by_layer``), the optimizer's keys name the layer; the weights are stacked as ever.
 Nothing in a run draws random numbers after its start (there is no dropout, and the data order is computed), so
 there is no random state to keep.
 """
 
+import functools
 import logging
+import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -26,6 +30,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_adapt.checkpoint.dist import CHECKPOINT_VERSION
+from megatron_adapt.checkpoint.intact import record_files, sum_own_files
 from megatron_adapt.checkpoint.root import (
     LATEST_FILE,
     Description,
@@ -38,11 +43,14 @@ from megatron_adapt.checkpoint.root import (
 from megatron_adapt.checkpoint.weights import name_chunks, weights_state_dict
 from megatron_adapt.data.batches import Batches
 from megatron_adapt.data.plan import BlendPosition, write_plan
+from megatron_adapt.engine import results
 from megatron_adapt.engine.adam import align_steps
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.files import read_json, to_plain, write_json
 from megatron_adapt.run_folder import OLDER_DEFAULTS, PLAN_FILE, TRAINING_FILE
+from megatron_adapt.train.agree import check_saved, explain_failure, run_on_main
 from megatron_adapt.train.optimizer import Trainer
+from megatron_adapt.train.retention import KEEP_ALL, Retention, hide_iteration, remove_old, sweep
 from megatron_adapt.train.schedule import describe_change, describe_schedule
 
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps")
@@ -51,7 +59,12 @@ _logger = logging.getLogger(__name__)
 
 
 def save_state(
-    root: Path, trainer: Trainer, description: Description, training: Mapping[str, Any], position: BlendPosition
+    root: Path,
+    trainer: Trainer,
+    description: Description,
+    training: Mapping[str, Any],
+    position: BlendPosition,
+    retention: Retention = KEEP_ALL,
 ) -> None:
     """Save weights and optimizer after ``description.step`` optimizer steps; every rank calls this.
 
@@ -61,34 +74,82 @@ def save_state(
         description: the model, and the steps done.
         training: what must be the same when the run is continued: data and settings.
         position: the plan, and where the run stands in its sources.
+        retention: which checkpoints stay.
+
+    Raises:
+        CheckpointError: a rank could not write; the checkpoint before stays the latest.
     """
+    request = begin_save(root, trainer, description, training, position, retention)
+    with explain_failure(root, description.step):
+        request.execute_sync()
+
+
+def begin_save(
+    root: Path,
+    trainer: Trainer,
+    description: Description,
+    training: Mapping[str, Any],
+    position: BlendPosition,
+    retention: Retention = KEEP_ALL,
+) -> AsyncRequest:
+    """Begin a save as ``save_state`` makes it; every rank calls this, and gives the request to the engine's queue.
+
+    What it writes are the values at the time it is scheduled. What is left to do when all ranks have written is the
+    last of its finalising functions.
+    """
+    results.install()
     name = name_iteration(description.step)
-    final, partial = root / name, root / f".{name}.partial"
-    if dist.get_rank() == 0:
-        for leftover in (final, partial):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
+    # A writer that outlives a killed rank must not meet the folder of the next attempt.
+    partial: Path = run_on_main(lambda: _make_partial(root, f".{name}.{secrets.token_hex(4)}.partial"))
     strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1), _data_parallel_group())
     state = {
         **_sharded_state(trainer, is_loading=False),
         "iteration": description.step,
         "checkpoint_version": CHECKPOINT_VERSION,
     }
-    dist_checkpointing.save(state, str(partial), strategy)
-    dist.barrier()
-    if dist.get_rank() == 0:
+    request = dist_checkpointing.save(state, str(partial), strategy, async_sharded_save=True)
+    if request.async_fn is not None:
+        request = request._replace(async_fn=functools.partial(_write_and_sum, request.async_fn, partial))
+
+    schedule = describe_schedule(trainer.schedule)
+
+    def finish() -> None:
         write_description(partial, description)
-        schedule = describe_schedule(trainer.schedule)
         write_json(partial / TRAINING_FILE, {**training, "schedule": schedule, "cursors": position.describe()})
         write_plan(partial / PLAN_FILE, position.plan)
-        partial.replace(final)
+        record_files(partial)
+        replaced = hide_iteration(root, description.step)
+        partial.replace(root / name)
         write_latest(root, description.step)
-        _logger.info("saved %s", final)
-    dist.barrier()
+        _logger.info("saved %s", root / name)
+        shutil.rmtree(replaced, ignore_errors=True)
+        remove_old(root, description.step, retention)
+
+    request.add_finalize_fn(lambda: run_on_main(finish))
+    return request
 
 
-def load_state(root: Path, trainer: Trainer, training: Mapping[str, Any], batches: Batches | None = None) -> int:
+def _make_partial(root: Path, name: str) -> Path:
+    (root / name).mkdir(parents=True)
+    return root / name
+
+
+def _write_and_sum(write: Callable[..., None], folder: Path, rank: int, *args: Any) -> None:
+    """Write what the engine planned for this rank, and hash it; in a process of its own where the save is one."""
+    write(rank, *args)
+    # Without room for the sums there was none for the values, which the engine reports for all ranks.
+    with suppress(OSError):
+        sum_own_files(folder, rank)
+
+
+def load_state(
+    root: Path,
+    trainer: Trainer,
+    training: Mapping[str, Any],
+    batches: Batches | None = None,
+    *,
+    verify: bool = False,
+) -> int:
     """Load the last saved state into ``trainer``; every rank calls this.
 
     Args:
@@ -96,16 +157,19 @@ def load_state(root: Path, trainer: Trainer, training: Mapping[str, Any], batche
         trainer: freshly built; its weights, masters, moments and schedule are overwritten.
         training: what this run reads; the saved run must have read the same.
         batches: which windows make which step; None where all steps take the same number.
+        verify: compare the content of the files with what was saved, not their sizes alone.
 
     Returns:
         Optimizer steps done; 0 if nothing was saved yet.
 
     Raises:
-        CheckpointError: the state was saved by a run with other data or settings.
+        CheckpointError: the state was saved by a run with other data or settings, or its files are damaged.
     """
+    run_on_main(lambda: sweep(root))
     if not (root / LATEST_FILE).is_file():
         return 0
     folder = find_checkpoint(root)
+    check_saved(folder, verify=verify)
     saved = {**OLDER_DEFAULTS, **read_json(folder / TRAINING_FILE)}
     for name, value in to_plain(training).items():
         # A run of before a setting existed had its default.

@@ -33,6 +33,7 @@ from megatron_adapt.checkpoint.assemble import Source
 from megatron_adapt.checkpoint.companions import write_companions
 from megatron_adapt.checkpoint.dist import FORMAT_FILE, MAX_FILE_BYTES, DistReader, DistWriter
 from megatron_adapt.checkpoint.estimate import count_dist_bytes, write_estimate
+from megatron_adapt.checkpoint.intact import FILES_FILE
 from megatron_adapt.checkpoint.layout import list_rules
 from megatron_adapt.checkpoint.opened import OpenedCheckpoint, open_checkpoint
 from megatron_adapt.checkpoint.parts import Part, cut_parts, write_model
@@ -164,7 +165,7 @@ def _write_small_files(
             # Text is tokenised anew: where the run stood in its token files says nothing any more.
             training = {name: value for name, value in read_json(extra).items() if name != "cursors"}
             write_json(target / extra.name, {**training, "tokenizer_fingerprint": tokenizer.fingerprint})
-        elif extra.name not in (FORMAT_FILE, DESCRIPTION_FILE, PLAN_FILE):
+        elif extra.name not in (FORMAT_FILE, DESCRIPTION_FILE, PLAN_FILE, FILES_FILE):
             shutil.copyfile(extra, target / extra.name)
     root, named = target.parent, {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     # A config that was made of the settings of a run may name no ids; all are renumbered below.

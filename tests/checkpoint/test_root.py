@@ -57,7 +57,12 @@ def test_a_folder_without_checkpoint_is_refused(tmp_path):
 
 def test_a_latest_that_is_gone_is_named(tmp_path):
     write_latest(tmp_path, 10)
-    with pytest.raises(CheckpointError, match="names iter_0000010, which is no checkpoint"):
+    with pytest.raises(CheckpointError, match="names iter_0000010, which is no checkpoint; there is no other"):
+        find_checkpoint(tmp_path)
+    for step in (3, 5):
+        _make_iteration(tmp_path, name_iteration(step))
+    (tmp_path / "iter_0000007").mkdir()
+    with pytest.raises(CheckpointError, match="no checkpoint; write 5 into it to take iter_0000005"):
         find_checkpoint(tmp_path)
 
 
