@@ -98,7 +98,7 @@ class StagePlace:
 _WITHOUT_EFFECT = (
     "stages nproc_per_node micro_batch_size log_interval save_interval eval_interval eval_windows stop_after_steps "
     "continue_blend exit_duration_in_mins tensorboard_dir wandb_project device_hour_price async_save keep_last "
-    "save_retain_interval verify_checkpoint"
+    "save_retain_interval verify_checkpoint max_skipped_steps loss_spike_factor step_timeout_in_mins"
 ).split() + [item.name for item in fields(Layout)]
 # Settings that are newer than the first records: left out at their default, so that those still hold.
 _LATER_DEFAULTS = {

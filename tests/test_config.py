@@ -1,3 +1,4 @@
+import math
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -132,6 +133,13 @@ def test_a_donor_taken_whole_leaves_nothing_to_choose(name, value):
         (lambda: TrainSettings(adam_eps=0.0), r"train\.adam_eps: 0\.0 is not positive, and what has no .*; use 1e-8"),
         (lambda: TrainSettings(stop_after_steps=-1), r"train\.stop_after_steps: -1 is below 0"),
         (lambda: TrainSettings(device_hour_price=-0.5), r"train\.device_hour_price: -0\.5 is below 0"),
+        (lambda: TrainSettings(max_skipped_steps=-1), r"train\.max_skipped_steps: -1 is below 0"),
+        (lambda: TrainSettings(step_timeout_in_mins=-1), r"train\.step_timeout_in_mins: -1 is below 0"),
+        (
+            lambda: TrainSettings(loss_spike_factor=0.5),
+            r"train\.loss_spike_factor: 0\.5 is no number from 1; 6 is usual",
+        ),
+        (lambda: TrainSettings(loss_spike_factor=math.inf), r"train\.loss_spike_factor: inf is no number from 1"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_setting(make, message):

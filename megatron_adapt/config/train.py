@@ -279,6 +279,12 @@ class TrainSettings(Layout):
     "Save and stop cleanly after this many steps of this launch; 0 runs to the end of the stage."
     exit_duration_in_mins: float = 0.0
     "Save and stop cleanly after the step in which a launch has trained this long; 0 is no limit."
+    max_skipped_steps: int = 10
+    "Steps in a row that may be left out because loss or gradient is not finite; 0 stops the run at the first."
+    loss_spike_factor: float = 6.0
+    "Report a step whose loss lies this many robust standard deviations above the last ones; 0 reports none."
+    step_timeout_in_mins: float = 10.0
+    "End a rank with the stacks of its threads when nothing has moved for this long; 0 waits forever."
     eod_mask_loss: bool = False
     "Leave the first token of a document out of the loss where it is predicted from the document before."
     tensorboard_dir: Path | None = None
@@ -300,7 +306,8 @@ class TrainSettings(Layout):
             self.adam_eps > 0,
             f"train.adam_eps: {self.adam_eps} is not positive, and what has no gradient is divided by it; use 1e-8",
         )
-        for name in "stop_after_steps exit_duration_in_mins device_hour_price keep_last save_retain_interval".split():
+        limits = "stop_after_steps exit_duration_in_mins device_hour_price keep_last save_retain_interval"
+        for name in f"{limits} max_skipped_steps step_timeout_in_mins".split():
             require(getattr(self, name) >= 0, f"train.{name}: {getattr(self, name)} is below 0")
         require(
             self.keep_last > 0 or not self.save_retain_interval,
@@ -310,6 +317,11 @@ class TrainSettings(Layout):
             self.save_retain_interval % self.save_interval == 0,
             f"train.save_retain_interval: {self.save_retain_interval} is not a multiple of save_interval "
             f"{self.save_interval}; make it one",
+        )
+        factor = self.loss_spike_factor
+        require(
+            math.isfinite(factor) and (factor == 0 or factor >= 1),
+            f"train.loss_spike_factor: {factor} is no number from 1; 6 is usual, 0 reports nothing",
         )
         names = [stage.name for stage in self.stages]
         require(len(set(names)) == len(names), f"train.stages: a name occurs twice in {names}; rename one")

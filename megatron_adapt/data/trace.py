@@ -23,7 +23,7 @@ from megatron_adapt.errors import ConfigError
 from megatron_adapt.files import write_json
 from megatron_adapt.recipe import Recipe, read_recipe
 from megatron_adapt.run_folder import StagePlace, find_stage
-from megatron_adapt.tokenizer.pieces import read_tokenizer
+from megatron_adapt.tokenizer.pieces import LoadedTokenizer, read_tokenizer
 
 _SHOWN = 60  # characters of a document
 
@@ -75,10 +75,25 @@ def trace_step(config: TraceStep) -> list[TracedWindow]:
         raise ConfigError(f"--step: {config.step} is not from {first_step} to {last_step}, the steps of this plan")
     blend = BlendedWindows(plan, {source: place.run.tokens(source, "train") for source in plan.sources})
     tokenizer = None if config.tokenizer is None else read_tokenizer(config.tokenizer)
-    first, batch = batches.find(config.step)
-    sources_N, windows = blend.locate(first, batch)
+    traced = trace_windows(blend, *batches.find(config.step), tokenizer)
+    _show(config.step, traced)
+    if config.json:
+        write_json(config.json, [asdict(window) for window in traced])
+    return traced
+
+
+def trace_windows(
+    blend: BlendedWindows, first: int, count: int, tokenizer: LoadedTokenizer | None = None
+) -> list[TracedWindow]:
+    """Return ``count`` windows of a stage from window ``first`` on, with the documents in them.
+
+    Raises:
+        DataError: the token files are of another tokenizer.
+    """
+    plan = blend.plan
+    sources_N, windows = blend.locate(first, count)
     traced = []
-    for at in range(batch):
+    for at in range(count):
         name = plan.sources[sources_N[at]]
         source = blend.sources[name]
         if tokenizer is not None:
@@ -97,9 +112,6 @@ def trace_step(config: TraceStep) -> list[TracedWindow]:
                 documents=documents,
             )
         )
-    _show(config.step, traced)
-    if config.json:
-        write_json(config.json, [asdict(window) for window in traced])
     return traced
 
 

@@ -19,6 +19,9 @@ from megatron_adapt.config import Layout
 from megatron_adapt.engine import cpu
 
 _TIMEOUT = timedelta(minutes=10)
+_MARGIN = timedelta(minutes=5)
+_FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+_logger = logging.getLogger(__name__)
 
 
 def get_device() -> torch.device:
@@ -27,27 +30,40 @@ def get_device() -> torch.device:
 
 
 @contextmanager
-def start_engine(layout: Layout, seed: int) -> Iterator[None]:
+def start_engine(layout: Layout, seed: int, step_timeout_in_mins: float = 0) -> Iterator[None]:
     """Set up the process group and megatron-core's groups; tear both down at the end.
 
     Args:
         layout: how the model will be spread over the ranks.
         seed: seed of every random generator of the engine.
+        step_timeout_in_mins: when a rank that stands still ends itself; the others wait for it a little longer.
     """
     cpu.install()
     quieten_engine()
-    _init_process_group()
+    # A rank that stands still is to show where (train/watchdog.py) before others fail for having waited.
+    timeout = max(_TIMEOUT, timedelta(minutes=step_timeout_in_mins) + _MARGIN)
+    _init_process_group(timeout)
     try:
-        make_groups(layout)
+        make_groups(layout, timeout)
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    except BaseException:
+        _leave(is_failing=True)
+        raise
+    _leave(is_failing=False)
 
 
-def make_groups(layout: Layout) -> None:
+def _leave(*, is_failing: bool) -> None:
+    parallel_state.destroy_model_parallel()
+    if is_failing and dist.get_backend() == "nccl":
+        # To destroy is to wait for collectives that ranks have begun; those that this one failed in never end.
+        dist.distributed_c10d._abort_process_group()
+        return
+    dist.destroy_process_group()
+
+
+def make_groups(layout: Layout, timeout: timedelta = _TIMEOUT) -> None:
     """Make the engine's groups of ranks; those of another layout must have been destroyed."""
     chunks = layout.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
@@ -55,18 +71,27 @@ def make_groups(layout: Layout) -> None:
         layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         context_parallel_size=layout.context_parallel_size,
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),
     )
 
 
-def _init_process_group() -> None:
+def _init_process_group(timeout: timedelta) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # Batch systems export MASTER_ADDR to every process; a rank only has who was launched as one.
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        _check_restarts()
+        dist.init_process_group(backend, timeout=timeout)
         return
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{_free_port()}", rank=0, world_size=1)
+
+
+def _check_restarts() -> None:
+    """Say what a restart by torchrun needs: it keeps its store, with the addresses of the ranks that are gone."""
+    may_restart = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if may_restart and os.environ.get(_FRESH_STORE, "0") != "1" and os.environ["RANK"] == "0":
+        _logger.warning("torchrun --max-restarts: a restart fails to connect without %s=1; set it", _FRESH_STORE)
 
 
 def _free_port() -> int:

@@ -6,15 +6,15 @@ on the parallel layout beyond rounding; 6 steps equal 3 steps, a new launch and 
 
 1. ``open_inputs``: plan the blend in integers, open windows, check everything against the checkpoint.
 2. ``start_engine``: process groups, megatron-core.
-3. ``build_model``, ``freeze_rest``, ``build_trainer``: model, what learns, optimizer and schedule.
+3. ``build_chunks``, ``freeze_rest``, ``build_trainer``: model, what learns, optimizer and schedule.
 4. ``load_state`` of this stage, or ``load_weights`` of the one before.
-5. ``run_steps``: step, log, validate, save.
+5. ``StepLoop``: step, watch, log, validate, save.
 """
 
 import logging
-import math
 import os
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -27,7 +27,6 @@ from megatron_adapt.data.stage_plans import check_trained
 from megatron_adapt.engine.llama import build_chunks
 from megatron_adapt.engine.parallel import get_device, start_engine
 from megatron_adapt.engine.trainable import freeze_rest
-from megatron_adapt.errors import EngineError
 from megatron_adapt.files import STAGE_FILE, write_stage
 from megatron_adapt.logs import is_main_rank
 from megatron_adapt.parallelism import check_launch, count_batch_unit
@@ -35,6 +34,8 @@ from megatron_adapt.recipe import Recipe
 from megatron_adapt.run_folder import is_trained
 from megatron_adapt.train.agree import check_saved
 from megatron_adapt.train.documents import mask_eod
+from megatron_adapt.train.failure import record_failure
+from megatron_adapt.train.guard import StepGuard
 from megatron_adapt.train.inputs import StageInputs, open_inputs
 from megatron_adapt.train.metrics import StageMetrics, count_tokens, count_windows
 from megatron_adapt.train.optimizer import Trainer, build_trainer
@@ -43,10 +44,12 @@ from megatron_adapt.train.sinks import check_sinks
 from megatron_adapt.train.state import load_state, load_trainer
 from megatron_adapt.train.step import StepReport, measure_bits_per_byte, train_step
 from megatron_adapt.train.stop import StopRequest
+from megatron_adapt.train.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)
 
 
+@record_failure()
 def train(recipe: Recipe, stage_name: str) -> None:
     """Run one stage of the recipe, or continue it, on the ranks of this job.
 
@@ -68,7 +71,7 @@ def train(recipe: Recipe, stage_name: str) -> None:
     _logger.info("stage %s\n%s", stage_name, describe_plan(inputs.blend.plan))
     if inputs.batches.is_ramped:
         _logger.info("stage %s: a growing batch, so %d steps", stage_name, inputs.batches.num_steps)
-    with start_engine(settings, settings.seed):
+    with start_engine(settings, settings.seed, settings.step_timeout_in_mins):
         chunks = build_chunks(
             description.shape,
             padded_vocab_size=description.padded_vocab_size,
@@ -104,82 +107,94 @@ def run_stage(trainer: Trainer, inputs: StageInputs) -> None:
         shutil.copytree(inputs.hf, inputs.root / HF_FOLDER, dirs_exist_ok=True)
         write_plan(inputs.place.run.plan(inputs.place.settings.name), plan)
     stop = min(last, first + (settings.stop_after_steps or last))
-    with (
-        StopRequest(settings.exit_duration_in_mins) as request,
-        StageMetrics(inputs, first) as metrics,
-        CheckpointSaver(inputs.root, settings) as saver,
-    ):
-        done = run_steps(trainer, inputs, first, stop, request, metrics, saver)
+    with ExitStack() as stack:
+        done = StepLoop(trainer, inputs, first, stack).run(stop)
     if is_main_rank() and done == last:
         counts = {"steps": last, "tokens": count_tokens(inputs, last)}
         write_stage(inputs.root / STAGE_FILE, config=inputs.config, inputs=inputs.read_paths, counts=counts)
 
 
-def run_steps(
-    trainer: Trainer,
-    inputs: StageInputs,
-    first: int,
-    stop: int,
-    request: StopRequest,
-    metrics: StageMetrics,
-    saver: CheckpointSaver,
-) -> int:
-    """Do the optimizer steps after ``first`` up to ``stop``; log, validate and save on the way.
+class StepLoop:
+    """The optimizer steps of one launch, and what goes with them: logging, validating, saving, watching."""
 
-    Returns:
-        The last step that was done and that ``saver`` saves: ``stop``, or an earlier one where ``request`` found a
-        reason.
-    """
-    settings, batches, last = inputs.settings, inputs.batches, inputs.batches.num_steps
-    description = replace(inputs.description, dtype="bfloat16" if settings.bf16 else "float32")
-    if first == 0:
-        metrics.write({"step": 0}, validate(trainer, inputs))
-    masked_id = inputs.eod_id if settings.eod_mask_loss else None
-    metrics.clock.start(first)
-    for step in range(first + 1, stop + 1):
-        with metrics.clock.read():
+    def __init__(self, trainer: Trainer, inputs: StageInputs, first: int, stack: ExitStack) -> None:
+        """Begin behind step ``first``; ``stack`` closes what is opened."""
+        settings = inputs.settings
+        self._trainer, self._inputs, self._first = trainer, inputs, first
+        self._request = stack.enter_context(StopRequest(settings.exit_duration_in_mins))
+        self._metrics = stack.enter_context(StageMetrics(inputs, first))
+        self._saver = stack.enter_context(CheckpointSaver(inputs.root, settings))
+        self._watchdog = stack.enter_context(Watchdog(settings.step_timeout_in_mins))
+        self._guard = StepGuard(inputs, first)
+        for model in trainer.models:
+            self._watchdog.follow(model)
+
+    def run(self, stop: int) -> int:
+        """Do the steps up to ``stop``; log, validate and save on the way.
+
+        Returns:
+            The last step that was done and saved: ``stop``, or an earlier one where there was a reason to end.
+        """
+        settings, last = self._inputs.settings, self._inputs.batches.num_steps
+        if self._first == 0:
+            self._metrics.write({"step": 0}, self._validate(0))
+        self._metrics.clock.start(self._first)
+        for step in range(self._first + 1, stop + 1):
+            self._watchdog.beat(f"step {step}")
+            report = self._take(step)
+            self._saver.poll()
+            self._guard.check(step, report)
+            self._metrics.add(report)
+            reason = self._request.find_reason()
+            if reason and step < stop:
+                _logger.info("stopping after step %d: %s; the same call goes on", step, reason)
+                stop = step
+            validates = step % settings.eval_interval == 0 or step == last
+            if step % settings.log_interval == 0 or validates or step == stop:
+                row = self._metrics.make_row(step, report, skipped_steps=self._guard.num_skipped)
+                with self._metrics.clock.pause():
+                    self._metrics.write(row, self._validate(step) if validates else None)
+            if step % settings.save_interval == 0 or step == stop:
+                self._save(step)
+            if step == stop:
+                break
+        return stop
+
+    def _take(self, step: int) -> StepReport:
+        """Read the windows of a step and train on them."""
+        inputs, batches = self._inputs, self._inputs.batches
+        with self._metrics.clock.read():
             windows, sources_B, loss_mask = inputs.blend.read_windows(*batches.find(step))
-            if masked_id is not None:
-                loss_mask &= mask_eod(windows, masked_id)
-        report = train_step(
-            trainer,
+            if inputs.settings.eod_mask_loss:
+                assert inputs.eod_id is not None
+                loss_mask &= mask_eod(windows, inputs.eod_id)
+        return train_step(
+            self._trainer,
             windows,
-            settings.micro_batch_size,
+            inputs.settings.micro_batch_size,
             loss_mask=loss_mask,
             reset_at=inputs.reset_at,
             distillation=inputs.distillation,
-            sources=metrics.name_sources(sources_B),
+            sources=self._metrics.name_sources(sources_B),
             progress=batches.count_progress(step) - batches.count_progress(step - 1),
         )
-        saver.poll()
-        _check_finite(report, step)
-        metrics.add(report)
-        reason = request.find_reason()
-        if reason and step < stop:
-            _logger.info("stopping after step %d: %s; the same call goes on", step, reason)
-            stop = step
-        validates = step % settings.eval_interval == 0 or step == last
-        if step % settings.log_interval == 0 or validates or step == stop:
-            row = metrics.make_row(step, report)
-            with metrics.clock.pause():
-                metrics.write(row, validate(trainer, inputs) if validates else None)
-        if step % settings.save_interval == 0 or step == stop:
-            fingerprints = {name: source.fingerprint for name, source in inputs.blend.sources.items()}
-            position = BlendPosition(inputs.blend.plan, count_windows(inputs, step), fingerprints)
-            with metrics.clock.pause(), trainer.hold_weights():
-                saver.save(trainer, replace(description, step=step), inputs.training, position)
-        if step == stop:
-            break
-    return stop
 
+    def _validate(self, step: int) -> dict[str, float]:
+        self._watchdog.beat(f"the validation after step {step}")
+        return validate(self._trainer, self._inputs)
 
-def _check_finite(report: StepReport, step: int) -> None:
-    """Stop before a diverged model is saved over nothing wrong."""
-    if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
-        raise EngineError(
-            f"step {step}: loss {report.loss}, norm of the gradient {report.grad_norm}; the run diverged at learning "
-            f"rate {report.learning_rate:g}; lower it, and start again to continue from the last checkpoint"
-        )
+    def _save(self, step: int) -> None:
+        inputs = self._inputs
+        dtype = "bfloat16" if inputs.settings.bf16 else "float32"
+        description = replace(inputs.description, dtype=dtype, step=step)
+        fingerprints = {name: source.fingerprint for name, source in inputs.blend.sources.items()}
+        position = BlendPosition(inputs.blend.plan, count_windows(inputs, step), fingerprints)
+        with (
+            self._metrics.clock.pause(),
+            self._watchdog.pause(f"the save after step {step}"),
+            self._trainer.hold_weights(),
+        ):
+            self._saver.save(self._trainer, description, inputs.training, position)
 
 
 def validate(trainer: Trainer, inputs: StageInputs) -> dict[str, float]:

@@ -70,7 +70,7 @@ class StageMetrics:
         """Count a step for the next row."""
         self._tally.add(report.by_source)
 
-    def make_row(self, step: int, report: StepReport) -> dict[str, Any]:
+    def make_row(self, step: int, report: StepReport, *, skipped_steps: int) -> dict[str, Any]:
         """Return the row of the steps since the one before; all ranks call this."""
         distilled = {"objective": "token_distillation", "positions_left_out": report.num_left_out}
         bits, decoupled, batches = self._tally.take(), report.decoupled_learning_rate, self._inputs.batches
@@ -84,6 +84,7 @@ class StageMetrics:
             **({} if decoupled is None else {"decoupled_learning_rate": decoupled}),
             **({"global_batch_size": batches.find(step)[1]} if batches.is_ramped else {}),
             "tokens": count_tokens(self._inputs, step),
+            "skipped_steps": skipped_steps,
             **self.clock.measure(step),
         }
 

@@ -26,6 +26,7 @@ from megatron_adapt.engine.llama import LlamaModel
 from megatron_adapt.engine.parallel import get_device
 from megatron_adapt.train.distill import Distillation, compare_hidden_states
 from megatron_adapt.train.documents import find_documents
+from megatron_adapt.train.finite import MicroBatchLosses, step_if_finite
 from megatron_adapt.train.optimizer import Trainer
 from megatron_adapt.train.schedule import read_rates
 from megatron_adapt.train.tally import BatchSources, sum_by_source
@@ -46,6 +47,10 @@ class StepReport:
     "Positions without a loss because the teacher of token distillation ends before them."
     by_source: tuple[float, ...] = ()
     "Losses (nats) of each source, then their bytes of text; empty where that was not asked for."
+    is_skipped: bool = False
+    "Whether nothing moved but the schedule, because loss or gradient is not finite."
+    non_finite: tuple[int, ...] = ()
+    "Windows of the batch, from 0, in micro-batches whose loss is not finite."
 
 
 def train_step(
@@ -59,7 +64,7 @@ def train_step(
     sources: BatchSources | None = None,
     progress: int = 1,
 ) -> StepReport:
-    """Do one optimizer step on a global batch.
+    """Do one optimizer step on a global batch; where loss or gradient is not finite only the schedule moves.
 
     Args:
         trainer: model, optimizer and schedule of this rank.
@@ -79,20 +84,25 @@ def train_step(
     forward = partial(_forward_step, None, reset_at, sources=sources)
     if distillation is not None:
         forward = partial(_forward_distillation, distillation, reset_at)
-    sums = _run_schedule(trainer.models, forward, windows, loss_mask, micro_batch_size, learn=True, sources=sources)
+    losses = MicroBatchLosses()
+    sums = _run_schedule(
+        trainer.models, losses.watch(forward), windows, loss_mask, micro_batch_size, learn=True, sources=sources
+    ).cpu()
     trainer.schedule.step(increment=progress)
     for rows in trainer.frozen_rows:
         rows.zero_gradient()
-    _, grad_norm, _ = trainer.optimizer.step()
-    sums = sums.cpu()
     # A batch without a new token has nothing to distil.
     num_tokens = sums[1] if distillation is None else sums[1].clamp(min=1)
+    loss = float(sums[0] / num_tokens)
+    grad_norm, is_skipped = step_if_finite(trainer.optimizer, loss)
     return StepReport(
-        float(sums[0] / num_tokens),
-        float(grad_norm or 0.0),
+        loss,
+        grad_norm,
         *read_rates(trainer.optimizer),
         num_left_out=int(sums[2]),
-        by_source=tuple(sums[3:].tolist()),
+        by_source=() if is_skipped else tuple(sums[3:].tolist()),
+        is_skipped=is_skipped,
+        non_finite=losses.find_non_finite(len(windows), micro_batch_size) if is_skipped else (),
     )
 
 

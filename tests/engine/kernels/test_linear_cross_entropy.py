@@ -12,11 +12,11 @@ from megatron.core.models.gpt import GPTModel
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_adapt.config import StageSettings, TrainSettings
+from megatron_adapt.config import Layout, StageSettings, TrainSettings
 from megatron_adapt.engine.kernels import linear_cross_entropy as module
 from megatron_adapt.engine.kernels.linear_cross_entropy import Columns, linear_cross_entropy
 from megatron_adapt.engine.llama import LlamaModel, build_model
-from megatron_adapt.engine.parallel import Layout, start_engine
+from megatron_adapt.engine.parallel import make_groups, start_engine
 from megatron_adapt.shape import LlamaShape
 from megatron_adapt.train.memory import LiveBytes
 from megatron_adapt.train.optimizer import build_trainer
@@ -186,7 +186,7 @@ def _learn(layout, tied, bf16):
     for parameter in model.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     stage = StageSettings(name="one", tokens=1, blend={"en": 1.0}, lr=1e-3, lr_warmup_fraction=0.0)
-    trainer = build_trainer(model, TrainSettings(bf16=bf16, clip_grad=1e6), stage, 4)
+    trainer = build_trainer([model], TrainSettings(bf16=bf16, clip_grad=1e6), stage, 4)
     trainer.optimizer.reload_model_params()
     draw = np.random.default_rng(0)
     windows, mask = draw.integers(0, shape.vocab_size, (4, T + 1)), draw.random((4, T)) < 0.8
@@ -203,8 +203,7 @@ def _compare_layouts():
     with start_engine(LAYOUTS[0], seed=1):
         for layout in LAYOUTS:
             parallel_state.destroy_model_parallel()
-            sizes = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-            parallel_state.initialize_model_parallel(*sizes)
+            make_groups(layout)
             for tied in (False, True):
                 numbers, gradients = _learn(layout, tied, bf16=False)
                 with (
