@@ -2,6 +2,7 @@
 
 PYTHON ?= python3.11
 MARKERS ?= not slow and not gpu
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -12,7 +13,7 @@ demo: $(INSTALLED)
 	PYTHON=$(BIN)/python examples/quickstart/run.sh
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "$(MARKERS)"
+	$(BIN)/python -m pytest -m "$(MARKERS)" -n $(WORKERS) --dist loadfile
 
 style: $(INSTALLED)
 	$(BIN)/ruff check .

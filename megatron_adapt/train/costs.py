@@ -97,7 +97,7 @@ def count_costs(
         stage, num_windows=whole * train.global_batch_size, global_batch_size=train.global_batch_size
     ).num_steps
     learns = stage.trainable, job.new_blocks
-    flops = tokens_per_step * count_flops(job.shape, job.padded_vocab_size, train.seq_length, *learns)
+    flops = tokens_per_step * count_flops(job.shape, train.seq_length, *learns)
     peak = 1e12 * (device.bf16_tflops if train.bf16 else device.fp32_tflops)
     parameters = sum(rank.parameters for rank in ranks)
     learning = count_learning(job.shape, job.padded_vocab_size, *learns)

@@ -100,17 +100,12 @@ def count_learning(
 
 
 def count_flops(
-    shape: LlamaShape,
-    padded_vocab_size: int,
-    seq_length: int,
-    trainable: str | tuple[str, ...],
-    new_blocks: Collection[int] = (),
+    shape: LlamaShape, seq_length: int, trainable: str | tuple[str, ...], new_blocks: Collection[int] = ()
 ) -> float:
     """Count the operations of one training step on one token, forward and backward.
 
     Args:
-        shape: the model.
-        padded_vocab_size: rows of the head.
+        shape: the model; rows that pad its vocabulary take no part.
         seq_length: T, tokens in a window.
         trainable: what learns.
         new_blocks: numbers of the blocks that were added to the model.
@@ -118,16 +113,17 @@ def count_flops(
     learns = find_rule(trainable, new_blocks)
     keys = (seq_length + 1) / 2
     attention = 4 * shape.num_attention_heads * shape.kv_channels * keys
-    weights = dict(list_weights(shape, padded_vocab_size))
+    weights = dict(list_weights(shape, shape.vocab_size))
     # A tied head is multiplied as an untied one and learns as the embedding does.
     weights.setdefault(_HEAD, weights[_EMBEDDING])
     total, goes_down = 0.0, False
     for name, size in weights.items():
         own = learns(_EMBEDDING if name == _HEAD and shape.tied else name)
-        # The bias of queries and keys goes with their matrix, before attention.
-        goes_down = goes_down or own or learns(name.replace("qkv.weight", "qkv.bias"))
+        # A matrix of the body that learns computes the gradients of what came in, also where nobody below asks for
+        # them. The bias of queries and keys goes with their matrix, before attention.
+        if name != _HEAD:
+            goes_down = goes_down or own or learns(name.replace("qkv.weight", "qkv.bias"))
         if name != _EMBEDDING and name.endswith(".weight") and "layernorm" not in name:
-            # A matrix that learns computes the gradients of what came in, also where nobody below asks for them.
             total += size * (2 + 2 * goes_down + 2 * own)
         if name.endswith("linear_qkv.weight"):
             total += attention * (1 + 2 * goes_down)

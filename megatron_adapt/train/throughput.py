@@ -47,7 +47,7 @@ class Throughput:
         self._peak: float | None = None
         if inputs.distillation is None:
             learns = inputs.place.settings.trainable, model.new_blocks
-            self._flops_per_token = count_flops(model.shape, model.padded_vocab_size, settings.seq_length, *learns)
+            self._flops_per_token = count_flops(model.shape, settings.seq_length, *learns)
             self._peak = find_peak(bf16=settings.bf16)
         self.start(0)
 

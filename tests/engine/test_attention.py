@@ -34,7 +34,9 @@ def make_heads(num_groups):
 
 
 def attend(heads, packed=None):
-    attention = SDPACoreAttention(SimpleNamespace(kv_channels=D), 1, AttnMaskType.causal, "self")
+    attention = SDPACoreAttention(
+        SimpleNamespace(kv_channels=D, context_parallel_size=1), 1, AttnMaskType.causal, "self"
+    )
     return attention(*heads, None, packed_seq_params=packed)
 
 

@@ -222,7 +222,7 @@ def test_what_does_not_fit_names_a_layout_that_does(recipe_file, tmp_path, capsy
     assert found is not None
     other, stages = found
     assert max(stage.total for stage in stages) <= 0.7 * whole
-    assert other.layout.model_parallel_size > 1
+    assert other.train.model_parallel_size > 1
     assert find_layout(job, 1000) is None
     limit = [0.7 * whole / 1e9, 1e-6]
     plan(recipe_file, "--stage", "full", "--world-size", "8", "--device-memory", f"{limit[0]:.6f}")

@@ -26,6 +26,7 @@ Gradients in the forward pass: Liger Kernel (Hsu et al. 2024, arXiv 2410.10989).
 of this rank.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,11 +131,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _find_common_value(upstream_N: torch.Tensor) -> float | None:
-    """Return the value that all have, or None; waits for the device."""
+    """Return the value that all have, NaN where one is, or None; waits for the device."""
     if not len(upstream_N):
         return 1.0
     low, high = torch.stack(upstream_N.aminmax()).tolist()
-    return float(low) if low == high else None
+    # A rank that alone sees a NaN must not begin products that the others would have to share.
+    return float(low) if low == high or math.isnan(low) else None
 
 
 def _go_through(

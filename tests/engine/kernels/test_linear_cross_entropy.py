@@ -1,5 +1,6 @@
 """Head and loss in one: as exact as plain PyTorch, the same under every layout, and no work that nobody asked for."""
 
+import math
 from unittest import mock
 
 import numpy as np
@@ -227,3 +228,14 @@ def test_losses_and_gradients_are_those_of_megatron_core_under_every_layout():
         for layout, tied, numbers, expected, difference in found:
             assert numbers == pytest.approx(expected, rel=1e-6), (layout, tied)
             assert difference < 1e-6, (layout, tied)
+
+
+def test_a_gradient_that_is_not_finite_goes_on_without_another_pass(monkeypatch):
+    """Other ranks, that do not see it, would not take part in the pass."""
+    hidden_NH, weight_VH = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    columns = Columns(first=0, num_true=5, group=None)
+    loss_N = linear_cross_entropy(hidden_NH, weight_VH, torch.tensor([0, 1, 2]), columns)
+    monkeypatch.setattr(module, "_go_through", None)
+    loss_N.backward(torch.tensor([1.0, math.nan, 1.0]))
+    assert hidden_NH.grad.isnan().all()
+    assert weight_VH.grad.isnan().all()
