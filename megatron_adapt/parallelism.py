@@ -106,6 +106,11 @@ def _check_sequence(shape: LlamaShape, train: TrainSettings) -> None:
             f"train.seq_length: {length} exceeds the model's {shape.max_position_embeddings} positions; "
             f"use at most {shape.max_position_embeddings}"
         )
+    if train.transformer_impl == "transformer_engine" and train.reset_attention_mask:
+        raise ConfigError(
+            'train.reset_attention_mask: does not run with transformer_impl "transformer_engine", whose attention knows '
+            'no documents; use "local"'
+        )
     if cp > 1 and train.reset_attention_mask:
         raise ConfigError(
             f"train.reset_attention_mask: does not run at context_parallel_size {cp}, where a document may lie on "

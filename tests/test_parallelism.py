@@ -58,6 +58,10 @@ def check(padded_vocab_size=1024, **train):
             r"train\.reset_attention_mask: does not run at context_parallel_size 2, where",
         ),
         (
+            {"transformer_impl": "transformer_engine", "reset_attention_mask": True},
+            r"train\.reset_attention_mask: does not run with transformer_impl \"transformer_engine\", whose",
+        ),
+        (
             {"virtual_pipeline_model_parallel_size": 2},
             r"train\.virtual_pipeline_model_parallel_size: has no effect at pipeline_model_parallel_size 1; leave it",
         ),

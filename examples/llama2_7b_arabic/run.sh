@@ -7,7 +7,9 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 recipe=examples/llama2_7b_arabic/recipe.toml
 if [[ $1 == prepare ]]; then exec "${PYTHON:-python}" examples/prepare.py --recipe "$recipe" "${@:2}"; fi
+# A restart (MAX_RESTARTS=3) needs the variable: without it the new ranks look for the old ones.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes "${NNODES:-1}" --nproc-per-node "${NPROC_PER_NODE:-8}" --rdzv-id "${RUN_ID:-llama2_7b_arabic}" \
-    --rdzv-backend c10d --rdzv-endpoint "${HEAD_NODE:-localhost}:${PORT:-29500}" \
+    --rdzv-backend c10d --rdzv-endpoint "${HEAD_NODE:-localhost}:${PORT:-29500}" --max-restarts "${MAX_RESTARTS:-0}" \
     tools/pretrain.py --recipe "$recipe" --stage "$1" "${@:2}"

@@ -1,13 +1,16 @@
 """The engine on this machine: what a rank builds, and that padding never enters the loss."""
 
+import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 from torch.nn.functional import cross_entropy
 
 from megatron_adapt.config import Layout
 from megatron_adapt.engine.llama import build_model
 from megatron_adapt.engine.parallel import start_engine
 from megatron_adapt.engine.trainable import TRAINABLE, freeze_rest
+from megatron_adapt.errors import EngineError
 from megatron_adapt.shape import LlamaShape
 from tests.helpers.spawn import run_ranks
 
@@ -94,3 +97,11 @@ def test_every_setting_of_trainable_has_its_rule():
 
     words, _ = typing.get_args(typing.get_type_hints(StageSettings)["trainable"])
     assert set(TRAINABLE) == set(typing.get_args(words))
+
+
+@pytest.mark.skipif(HAVE_TE, reason="Transformer Engine is installed")
+def test_transformer_engine_is_refused_where_it_is_not_installed():
+    layout = Layout(transformer_impl="transformer_engine")
+    message = r'train\.transformer_impl: "transformer_engine" is not installed here; install .*, or use "local"'
+    with start_engine(layout, seed=1), pytest.raises(EngineError, match=message):
+        build(layout)

@@ -102,6 +102,7 @@ def test_the_next_stage_and_other_programs_read_their_weights(expanded, tmp_path
     assert "optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight" in read_stage(recipe, "second").keys
 
 
+@pytest.mark.slow
 def test_added_blocks_learn_alike_in_every_layout_and_resume_in_another(expanded, tmp_path):
     recipe, expected = expanded
     copied = copy_run(recipe, tmp_path / "run")
@@ -130,7 +131,7 @@ RESUMES = {
     ),
     "tp2-bf16": (2, '"expanded_blocks"', [*LAYOUTS["tp2"][1], "--train.bf16"]),
 }
-QUICK = ("one-rank", "pp2-patterns")
+QUICK = ("one-rank",)
 
 
 @pytest.mark.parametrize(
