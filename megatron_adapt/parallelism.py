@@ -108,8 +108,8 @@ def _check_sequence(shape: LlamaShape, train: TrainSettings) -> None:
         )
     if train.transformer_impl == "transformer_engine" and train.reset_attention_mask:
         raise ConfigError(
-            'train.reset_attention_mask: does not run with transformer_impl "transformer_engine", whose attention knows '
-            'no documents; use "local"'
+            'train.reset_attention_mask: does not run with transformer_impl "transformer_engine", whose attention '
+            'knows no documents; use "local"'
         )
     if cp > 1 and train.reset_attention_mask:
         raise ConfigError(
