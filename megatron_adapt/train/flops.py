@@ -10,8 +10,8 @@ which ``W_l`` learn, a token takes (Kaplan et al. 2020, arXiv 2001.08361, sectio
 - attention: ``2 * 2 * N * D`` per layer and key for scores and their sum, over ``(T + 1) / 2`` keys, because a token
   sees those before it; twice that backward, where gradients go down so far.
 
-The input embedding is looked up, not multiplied; norms, rotary embeddings and the softmax are left out. The head
-counts with the rows that pad the vocabulary, because they are computed. These are operations of the model: what is
+The input embedding is looked up, not multiplied; norms, rotary embeddings and the softmax are left out, and so are the
+rows that pad the vocabulary, which the loss does not compute. These are operations of the model: what is
 computed twice to save memory counts once, and attention that stops at documents counts as if it saw the whole window.
 """
 
