@@ -1,6 +1,6 @@
 """Output head and cross entropy in one: hidden states in, loss per token out; the logits never exist as a whole.
 
-megatron-core 0.16 has no such thing: ``cross_entropy_loss_fusion`` (``native``, or ``te`` of Transformer Engine) fuses
+megatron-core 0.16 has no such thing: ``cross_entropy_loss_fusion`` (``native``, or that of Transformer Engine) fuses
 what comes after the logits, and keeps an fp32 softmax of all tokens until the backward pass. Here a chunk of tokens at
 a time goes all the way:
 
