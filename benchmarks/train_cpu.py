@@ -27,9 +27,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.root import find_checkpoint, read_description
 from megatron_adapt.checkpoint.weights import load_weights
-from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint, StageSettings, TrainSettings
+from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint, Layout, StageSettings, TrainSettings
 from megatron_adapt.engine.llama import build_model
-from megatron_adapt.engine.parallel import Layout, start_engine
+from megatron_adapt.engine.parallel import start_engine
 from megatron_adapt.errors import EngineError
 from megatron_adapt.flags import run_tool
 from megatron_adapt.train.optimizer import build_trainer
@@ -85,7 +85,7 @@ def make_ours(checkpoint: Path, bf16: bool, windows: np.ndarray) -> Callable[[],
     padded = description.padded_vocab_size
     model = build_model(description.shape, padded_vocab_size=padded, layout=Layout(), seq_length=SEQ_LENGTH, bf16=bf16)
     stage = StageSettings(name="one", tokens=1, blend={"en": 1.0}, lr=LEARNING_RATE, lr_warmup_fraction=0.0)
-    trainer = build_trainer(model, TrainSettings(bf16=bf16, weight_decay=WEIGHT_DECAY), stage, num_steps=1000)
+    trainer = build_trainer([model], TrainSettings(bf16=bf16, weight_decay=WEIGHT_DECAY), stage, num_steps=1000)
     load_weights([model], checkpoint)
     trainer.optimizer.reload_model_params()
     return lambda: train_step(trainer, windows, BATCH).loss
