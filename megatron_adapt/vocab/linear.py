@@ -47,7 +47,7 @@ _PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 "Of the mean eigenvalue of X^T X."
 _SMALLEST_PIVOT = 1e-6  # of the largest: beyond it the squares have no digits left
 _SMALLEST_EIGENVALUE = 1e-12  # of the largest
-_CLEAR_LEAD = 0.05  # of R2 on held-out anchors over R2 on fitted ones, which is the larger of the two for the same map
+_CLEAR_LEAD = 0.01  # of R2 over what a rotation hardly exceeds; the draw of the held-out anchors moves both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ def fit_map(
         return squares_y
 
     squares_y = add(rest)
-    name, penalty, r2 = _choose(candidates, gram, cross, squares_y, *read_centred(held))
+    name, penalty, r2 = _choose(candidates, gram, cross, squares_y, len(rest), *read_centred(held))
     add(held)
     weight = _fit(name, penalty, gram, cross)
     _logger.info(
@@ -175,6 +175,7 @@ def _choose(
     gram: torch.Tensor,
     cross: torch.Tensor,
     squares_y: float,
+    num_fitted: int,
     x: torch.Tensor,
     y: torch.Tensor,
 ) -> tuple[str, float, float]:
@@ -184,7 +185,7 @@ def _choose(
     found: list[tuple[float, str, float]] = []
     for name, penalty in candidates:
         if name == "procrustes":
-            if found and max(found)[0] > bound_rotation(gram, cross, squares_y) + _CLEAR_LEAD:
+            if found and max(found)[0] > bound_rotation(gram, cross, squares_y, num_fitted) + _CLEAR_LEAD:
                 continue
             weight = scale_rotation(find_rotation(cross.float()).double(), gram, cross)[:, columns]
         else:

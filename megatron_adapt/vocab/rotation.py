@@ -58,17 +58,24 @@ def _balance(rows: torch.Tensor, inverse: torch.Tensor) -> float:
     return float((norms[0] * norms[1] / norms[2] / norms[3]) ** 0.25)
 
 
-def bound_rotation(gram: torch.Tensor, cross: torch.Tensor, squares_y: float) -> float:
-    """Return what R2 of the best scaled rotation hardly exceeds on the anchors of these squares.
+def bound_rotation(gram: torch.Tensor, cross: torch.Tensor, squares_y: float, num_anchors: int) -> float:
+    """Return what R2 of the best scaled rotation hardly exceeds on anchors that it was not fitted on.
+
+    A rotation of H columns into K has ``H K - H (H + 1) / 2`` free numbers, that is d for each column of Y. Its squared
+    error on n anchors is ``1 - d / n`` of the noise, on others ``1 + d / n``.
 
     Args:
         gram: X^T X.
         cross: X^T Y; with fewer columns in y the rotation also projects, and the answer is 1, which says nothing.
         squares_y: sum of the squares of Y.
+        num_anchors: rows of X and Y.
     """
-    if cross.shape[0] > cross.shape[1]:
+    rows, columns = cross.shape
+    if rows > columns:
         return 1.0
-    return bound_singular_values(cross) ** 2 / max(float(gram.trace()) * squares_y, 1e-300)
+    error = 1 - bound_singular_values(cross) ** 2 / max(float(gram.trace()) * squares_y, 1e-300)
+    free = rows - rows * (rows + 1) / 2 / columns
+    return 1 - error * (num_anchors + free) / (num_anchors - free) if num_anchors > free else 1 - error
 
 
 def bound_singular_values(matrix: torch.Tensor) -> float:

@@ -5,7 +5,7 @@ import torch
 from megatron_adapt.errors import ConfigError
 from megatron_adapt.vocab import linear
 from megatron_adapt.vocab.linear import fit_map
-from megatron_adapt.vocab.rotation import bound_singular_values, find_rotation
+from megatron_adapt.vocab.rotation import bound_rotation, bound_singular_values, find_rotation, scale_rotation
 
 KINDS = ("ols", "ridge", "procrustes")
 
@@ -109,6 +109,21 @@ def test_auto_does_not_compute_a_rotation_that_cannot_win(monkeypatch):
     assert fit(x, y).r2 > fit(x, y, "procrustes").r2 + 0.1
     monkeypatch.setattr(linear, "find_rotation", None)
     assert fit(x, y).estimator == "ols"
+
+
+@pytest.mark.parametrize(("width", "other"), [(64, 64), (40, 64)])
+@pytest.mark.parametrize("noise", [0.0, 0.3, 1.0])
+def test_a_rotation_hardly_exceeds_its_bound_on_anchors_it_has_not_seen(width, other, noise):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x = torch.randn(500, width, dtype=torch.float64)
+        y = x @ torch.linalg.qr(torch.randn(other, other, dtype=torch.float64))[0][:width]
+        y += noise * y.std() * torch.randn_like(y)
+        gram, cross = x[:300].T @ x[:300], x[:300].T @ y[:300]
+        error = (y[300:] - x[300:] @ scale_rotation(find_rotation(cross), gram, cross)).square().sum()
+        r2 = 1 - float(error / y[300:].square().sum())
+        bound = bound_rotation(gram, cross, float(y[:300].square().sum()), 300)
+        assert r2 - 0.02 < bound < r2 + 0.2
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 4.0])
