@@ -26,6 +26,7 @@ SIZES = {
     "text_loops": ("--size", "0.1"),
     "loss_memory": ("--quick",),
     "train_cpu": ("--quick",),
+    "startup": ("--quick",),
 }
 KEYS = {
     "attention": {"positions", "threads", "cases"},
@@ -40,6 +41,7 @@ KEYS = {
     "propagate": {"columns", "cases"},
     "loss_memory": {"tokens", "threads", "largest_differences", "cases"},
     "train_cpu": {"threads", "first_losses", "cases"},
+    "startup": {"columns", "seconds", "time_ratio"},
 }  # fmt: skip
 CASE_KEYS = {
     "attention": {
@@ -91,6 +93,7 @@ def test_every_benchmark_is_tested():
         "text_loops",
         pytest.param("loss_memory", marks=pytest.mark.slow),
         pytest.param("train_cpu", marks=pytest.mark.slow),
+        pytest.param("startup", marks=pytest.mark.slow),
     ],
 )
 def test_the_last_line_holds_the_figures(name):
