@@ -72,6 +72,9 @@ class LlamaModel(GPTModel):  # type: ignore[misc]
                 hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs
             )
             return states
+        # The layer itself is passed by, and with it the hook in which the engine waits for weights that it gathers.
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer, ())
         tied = self.share_embeddings_and_output_weights
         weight_VH = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         # As the engine's ColumnParallelLinear: ranks share the tokens, or the gradient, of a column-parallel product.

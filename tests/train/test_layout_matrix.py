@@ -184,6 +184,31 @@ def test_every_layout_of_two_ranks_gives_the_same_losses_and_resumes_exactly(wei
     check_layouts(weights, LAYOUTS, 2, take_turns, 4, tmp_path)
 
 
+def continue_elsewhere(iteration, folder):
+    """Save under a virtual pipeline; return what comes after under it, and under other layouts that load it."""
+    description, found = replace(read_description(iteration), step=2, dtype="float32"), {}
+    with start_engine(TrainSettings(**LAYOUTS["pp2-vpp2"]), seed=1):
+        for name in ("pp2-vpp2", "tp2-sp", "cp2", "dp2-overlap", "pp2-uneven"):
+            train = TrainSettings(bf16=False, **LAYOUTS[name])
+            parallel_state.destroy_model_parallel()
+            make_groups(train)
+            trainer = make_trainer(iteration, train, "all", num_steps=4)
+            if not found:
+                run_steps(trainer, 0, 2)
+                save_state(folder, trainer, description, {}, BlendPosition(PLAN, (16,), {"en": "data"}))
+            else:
+                assert load_state(folder, trainer, {}) == 2
+            found[name] = run_steps(trainer, 2, 4)
+    return found
+
+
+def test_what_a_virtual_pipeline_saved_goes_on_in_every_other_layout(weights, tmp_path):
+    found = run_ranks(continue_elsewhere, 2, weights[False], tmp_path)[0]
+    straight = found.pop("pp2-vpp2")
+    for name, resumed in found.items():
+        assert resumed[0::2] == pytest.approx(straight[0::2], rel=1e-6), name
+
+
 @pytest.mark.slow
 def test_every_layout_gives_the_same_losses_and_resumes_exactly_whatever_learns(weights, tmp_path):
     check_layouts(weights, LAYOUTS, 2, take_all, 20, tmp_path / "two")
