@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	PYTHON=$(BIN)/python examples/quickstart/run.sh
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "$(MARKERS)" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "$(MARKERS)" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 style: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import queue
 import socket
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,20 @@ def _run_rank(function: Callable[..., Any], rank: int, world_size: int, port: in
         results.put((rank, False, traceback.format_exc()))
 
 
+def _take_result(results: Any, ranks: list[Any], found: dict[int, Any]) -> tuple[int, bool, Any]:
+    """Wait for a result as long as every rank that owes one is alive; how long is for pytest's timeout to say."""
+    while True:
+        dead = [rank for rank, process in enumerate(ranks) if rank not in found and not process.is_alive()]
+        try:
+            # What a rank put before it ended may still be on its way.
+            return results.get(timeout=10 if dead else 1)
+        except queue.Empty:
+            if dead:
+                raise AssertionError(
+                    f"rank {dead[0]} ended with code {ranks[dead[0]].exitcode} and no result"
+                ) from None
+
+
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Call ``function(*args)`` on every rank (RANK, WORLD_SIZE, MASTER_* are set); return the results by rank.
 
@@ -40,8 +55,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         process.start()
     found: dict[int, Any] = {}
     try:
-        for _ in ranks:
-            rank, succeeded, value = results.get(timeout=600)
+        while len(found) < world_size:
+            rank, succeeded, value = _take_result(results, ranks, found)
             if not succeeded:
                 raise AssertionError(f"rank {rank} failed:\n{value}")
             found[rank] = value
