@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from measuring.report import make_parser, print_figures, print_table, show_ratio
 from measuring.rounds import compare, make_timed, measure, run_fresh, run_in_turns
+from measuring.tensors import find_difference, require_cpu
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -100,10 +101,7 @@ def check_equal(case: Case) -> float:
         EngineError: the difference is more than rounding.
     """
     theirs, ours = (make_step(name, case)() for name in ATTENTIONS)
-    difference = max(
-        float((one.float() - other.float()).abs().max() / one.float().abs().max())
-        for one, other in zip(theirs, ours, strict=True)
-    )
+    difference = find_difference(theirs, ours)
     if difference > TOLERANCE[case.dtype]:
         raise EngineError(f"{case.name}: the two differ by {difference:.2g}; mend the attention before measuring it")
     return difference
@@ -141,8 +139,7 @@ def run(num_positions: int, num_rounds: int, group_counts: Sequence[int]) -> Non
     Raises:
         EngineError: there is a GPU, and the engine would use it.
     """
-    if torch.cuda.is_available():
-        raise EngineError("attention: this measures the CPU, but a GPU is visible; start with CUDA_VISIBLE_DEVICES=")
+    require_cpu("attention")
     cases = [Case(bf16, groups, num_positions) for bf16 in (False, True) for groups in group_counts]
     with start_engine(Layout(), seed=0):
         figures = [measure_case(case, num_rounds) for case in cases]

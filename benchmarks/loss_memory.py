@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from measuring.report import make_parser, print_figures, print_table, show_ratio
 from measuring.rounds import compare, make_timed, measure, run_fresh, run_in_turns
+from measuring.tensors import find_difference, require_cpu
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from megatron_adapt.engine.kernels.linear_cross_entropy import Columns, linear_cross_entropy
@@ -70,10 +71,7 @@ def check_equal(dtype: torch.dtype) -> float:
         EngineError: the difference is more than rounding.
     """
     theirs, ours = (make_step(name, 300, 1000, dtype)() for name in LOSSES)
-    difference = max(
-        float((one.float() - other.float()).abs().max() / one.float().abs().max())
-        for one, other in zip(theirs, ours, strict=True)
-    )
+    difference = find_difference(theirs, ours)
     if difference > TOLERANCE[dtype]:
         raise EngineError(f"{dtype}: the two differ by {difference:.2g}; mend the loss before measuring it")
     return difference
@@ -109,8 +107,7 @@ def run(num_tokens: int, num_rounds: int, vocabularies: Sequence[int]) -> None:
     Raises:
         EngineError: there is a GPU, and the engine would use it.
     """
-    if torch.cuda.is_available():
-        raise EngineError("loss_memory: this measures the CPU, but a GPU is visible; start with CUDA_VISIBLE_DEVICES=")
+    require_cpu("loss_memory")
     with start_engine(Layout(), seed=0):
         differences = {str(dtype): check_equal(dtype) for dtype in TOLERANCE}
         figures = [

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from measuring.report import make_parser, print_figures, print_table, show_ratio
 from measuring.rounds import compare, make_timed, run_in_turns
+from measuring.tensors import require_cpu
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_adapt.checkpoint.convert import convert_checkpoint
@@ -109,8 +110,7 @@ def run(vocab_size: int, num_rounds: int, shape: dict[str, int]) -> None:
     Raises:
         EngineError: there is a GPU, and the engine would use it.
     """
-    if torch.cuda.is_available():
-        raise EngineError("train_cpu: this measures the CPU, but a GPU is visible; start with CUDA_VISIBLE_DEVICES=")
+    require_cpu("train_cpu")
     windows = np.random.default_rng(0).integers(0, vocab_size, (BATCH, SEQ_LENGTH + 1))
     with TemporaryDirectory() as folder, start_engine(Layout(), seed=0):
         hf, checkpoint = make_weights(Path(folder), vocab_size, shape)

@@ -5,6 +5,7 @@
 ``base/``. A source is a language, or LANGUAGE/SOURCE: ``tokens/ja/wiki-train.bin``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ PLAN_FILE = "plan.json"
 "Plan of the blend, beside the checkpoints of a stage and in each of them."
 TRAINING_FILE = "training.json"
 "In a checkpoint: what the run reads, and where it stands in each source."
-OLDER_DEFAULTS: dict[str, Any] = {"decoupled_lr": False, "rampup_batch_size": []}
+_OLDER_DEFAULTS: dict[str, Any] = {"decoupled_lr": False, "rampup_batch_size": []}
 "What a ``training.json`` of before these entries means."
 
 
@@ -120,6 +121,18 @@ def describe_training(stage: StageSettings, train: TrainSettings) -> dict[str, A
     decisive = {name: value for name, value in to_plain(train).items() if name not in _WITHOUT_EFFECT}
     described = {name: value for name, value in to_plain(stage).items() if (name, value) not in _LATER_DEFAULTS.items()}
     return {"stage": described, "train": decisive}
+
+
+def find_change(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return name, value then and value now of the first entry that a ``training.json`` has otherwise; None if none.
+
+    Args:
+        saved: what the file holds; an entry that it lacks is one of before there was a setting, and had its default.
+        asked: what is compared.
+    """
+    before = {**_OLDER_DEFAULTS, **saved}
+    changed = ((name, before[name], now) for name, now in to_plain(asked).items() if before.get(name, now) != now)
+    return next(changed, None)
 
 
 def is_trained(folder: Path, config: dict[str, Any]) -> bool:

@@ -11,18 +11,16 @@ without ``files.json`` is of another program or an earlier version, and says not
 Cost: SHA-256 takes 1.5 GB a second and thread; nobody hashes what another rank wrote.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_adapt.checkpoint.sums import hash_files
 from megatron_adapt.errors import CheckpointError, DataError
 from megatron_adapt.files import read_json, sync_file, write_json
 
 FILES_FILE = "files.json"
 _SUMS = ".sums-{}.json"
-_NUM_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -94,14 +92,8 @@ def find_wrong_content(folder: Path, record: Mapping[str, SavedFile], names: Seq
 
 
 def _sum_files(files: list[Path]) -> dict[str, SavedFile]:
-    with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        return {path.name: saved for path, saved in zip(files, threads.map(_sum_file, files), strict=True)}
-
-
-def _sum_file(path: Path) -> SavedFile:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return SavedFile(file.tell(), digest)
+    digests = zip(files, hash_files(files), strict=True)
+    return {path.name: SavedFile(path.stat().st_size, digest) for path, digest in digests}
 
 
 def _read_sums(path: Path) -> dict[str, SavedFile]:

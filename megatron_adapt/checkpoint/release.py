@@ -11,16 +11,15 @@ a pickle, nor a record of the machine (``stage.json``).
 Cost: one read of the folder, two files at a time; upload by ``huggingface_hub``, which sends no file twice.
 """
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_adapt.checkpoint.card import CARD_FILE, OPEN
 from megatron_adapt.checkpoint.companions import check_import_vocab, find_tokenizer
 from megatron_adapt.checkpoint.hf import HFFolder, read_hf_shape
 from megatron_adapt.checkpoint.layout import check_hf_tensors
+from megatron_adapt.checkpoint.sums import hash_files
 from megatron_adapt.config import ReleaseModel
 from megatron_adapt.errors import CheckpointError, ConfigError
 from megatron_adapt.files import STAGE_FILE, replace_file
@@ -30,7 +29,6 @@ SUMS_FILE = "SHA256SUMS"
 _NOT_SUMMED = {CARD_FILE, SUMS_FILE, STAGE_FILE}
 "The card is made to be edited; the record stays at home."
 _PICKLES = (".bin", ".ckpt", ".distcp", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
-_NUM_THREADS = 2
 _logger = logging.getLogger(__name__)
 
 
@@ -127,16 +125,11 @@ def _read_sums(path: Path) -> dict[str, str]:
 def _hash_files(files: Sequence[Path]) -> list[str]:
     total = sum(file.stat().st_size for file in files) / 1e6
     digests = []
-    with show_progress("checksums", total, "MB") as advance, ThreadPoolExecutor(_NUM_THREADS) as threads:
-        for file, digest in zip(files, threads.map(_hash_file, files), strict=True):
+    with show_progress("checksums", total, "MB") as advance:
+        for file, digest in zip(files, hash_files(files), strict=True):
             digests.append(digest)
             advance(file.stat().st_size / 1e6)
     return digests
-
-
-def _hash_file(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def push_folder(folder: Path, names: Sequence[str], repository: str, *, private: bool) -> None:

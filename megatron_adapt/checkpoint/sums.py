@@ -1,17 +1,29 @@
-"""SHA-256 of files that are still being written: a thread reads behind the writer, out of the file cache.
+"""SHA-256 of files, also of such that are still being written: a thread reads behind the writer, from the file cache.
 
 So the checksums of an export cost no time of their own, only a second core: 1.5 GB a second.
 """
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 _READ_BYTES = 1 << 20
+_NUM_THREADS = 2
+
+
+def hash_files(files: Sequence[Path]) -> Iterator[str]:
+    """Yield the digest of each file in turn, in hexadecimal digits."""
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        yield from threads.map(_hash_file, files)
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class FollowingHasher:

@@ -24,15 +24,15 @@ from megatron_adapt.data.record import TokensRecord, record_path
 from megatron_adapt.data.sources import Source
 from megatron_adapt.data.stage_plans import carry_over, check_same, plan_stage
 from megatron_adapt.errors import CheckpointError
-from megatron_adapt.files import STAGE_FILE, read_json, to_plain
+from megatron_adapt.files import STAGE_FILE, read_json
 from megatron_adapt.parallelism import check_layout
 from megatron_adapt.recipe import Recipe
 from megatron_adapt.run_folder import (
-    OLDER_DEFAULTS,
     PLAN_FILE,
     TRAINING_FILE,
     StagePlace,
     describe_training,
+    find_change,
     find_stage,
 )
 from megatron_adapt.tokenizer.pieces import piece_bytes, read_tokenizer
@@ -200,7 +200,6 @@ def _check_optimizer(
     where = f"train.stages {stage.name}: carry_optimizer"
     if not (initial / TRAINING_FILE).is_file():
         raise CheckpointError(f"{where}: {initial} holds weights alone; leave it out, or start from a training run")
-    saved = {**OLDER_DEFAULTS, **read_json(initial / TRAINING_FILE)}
     asked = {
         "trainable": stage.trainable,
         "decoupled_lr": stage.decoupled_lr is not None,
@@ -209,13 +208,12 @@ def _check_optimizer(
         "bf16": train.bf16,
         "use_distributed_optimizer": train.use_distributed_optimizer,
     }
-    for name, value in to_plain(asked).items():
-        # A run of before a setting existed had its default.
-        if name in saved and saved[name] != value:
-            raise CheckpointError(
-                f"{where}: {initial} was trained with {name} {saved[name]}, now it is {value}; its optimizer does "
-                "not fit, leave the setting out or train alike"
-            )
+    if change := find_change(read_json(initial / TRAINING_FILE), asked):
+        name, before, now = change
+        raise CheckpointError(
+            f"{where}: {initial} was trained with {name} {before}, now it is {now}; its optimizer does not "
+            "fit, leave the setting out or train alike"
+        )
 
 
 def _check_data(place: StagePlace, sources: Mapping[str, Source]) -> None:

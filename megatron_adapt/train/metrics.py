@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -58,6 +59,11 @@ class StageMetrics:
         """Close what was opened."""
         for sink in self._sinks:
             sink.close(failed=kind is not None)
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
+        """Of the validation windows, which stay the same."""
+        return hash_windows(self._inputs)
 
     def name_sources(self, sources_B: Any) -> BatchSources | None:
         """Return what a step needs to sum by source; None where its loss is none of next tokens."""
@@ -106,7 +112,7 @@ class StageMetrics:
 
     def _describe_validation(self, valid: Mapping[str, float], step: int) -> dict[str, Any]:
         """Return what a row says of a validation."""
-        inputs, hashes = self._inputs, hash_windows(self._inputs)
+        inputs, hashes = self._inputs, self._hashes
         num_bytes = {name: int(inputs.token_bytes_V[windows[:, 1:]].sum()) for name, windows in inputs.valid.items()}
         merged = merge_languages({name: valid[name] * num_bytes[name] for name in valid}, num_bytes)
         bits = {**merged, **valid}

@@ -46,8 +46,8 @@ from megatron_adapt.data.plan import BlendPosition, write_plan
 from megatron_adapt.engine import results
 from megatron_adapt.engine.adam import align_steps
 from megatron_adapt.errors import CheckpointError
-from megatron_adapt.files import read_json, to_plain, write_json
-from megatron_adapt.run_folder import OLDER_DEFAULTS, PLAN_FILE, TRAINING_FILE
+from megatron_adapt.files import read_json, write_json
+from megatron_adapt.run_folder import PLAN_FILE, TRAINING_FILE, find_change
 from megatron_adapt.train.agree import check_saved, explain_failure, run_on_main
 from megatron_adapt.train.optimizer import Trainer
 from megatron_adapt.train.retention import KEEP_ALL, Retention, hide_iteration, remove_old, sweep
@@ -170,14 +170,13 @@ def load_state(
         return 0
     folder = find_checkpoint(root)
     check_saved(folder, verify=verify)
-    saved = {**OLDER_DEFAULTS, **read_json(folder / TRAINING_FILE)}
-    for name, value in to_plain(training).items():
-        # A run of before a setting existed had its default.
-        if name in saved and saved[name] != value:
-            raise CheckpointError(
-                f"{folder}: saved with {name} {saved[name]}, now it is {value}; "
-                f"restore the setting or the files, or remove {root} to start the stage again"
-            )
+    saved = read_json(folder / TRAINING_FILE)
+    if change := find_change(saved, training):
+        name, before, now = change
+        raise CheckpointError(
+            f"{folder}: saved with {name} {before}, now it is {now}; "
+            f"restore the setting or the files, or remove {root} to start the stage again"
+        )
     load_trainer(folder, trainer)
     step = read_description(folder).step
     trainer.schedule.step(increment=step if batches is None else batches.count_progress(step))

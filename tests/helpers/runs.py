@@ -1,6 +1,7 @@
 """A run folder ready to train, made in the test: a tiny model, its tokenizer, and token files of two languages."""
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,21 @@ def make_run(folder: Path, *, vocab_pad_multiple: int = 128, **model: Any) -> Pa
     return recipe
 
 
+def copy_run(recipe: Path, folder: Path, *, trained: bool = False) -> Path:
+    """Copy what a run starts from, and with ``trained`` its checkpoints; return the recipe of the copy."""
+    shutil.copytree(recipe.parent, folder, ignore=None if trained else shutil.ignore_patterns("checkpoints"))
+    copied = folder / recipe.name
+    copied.write_text(copied.read_text().replace(str(recipe.parent), str(folder)))
+    return copied
+
+
 def train_stage(recipe: Path, stage: str, *flags: str) -> list[dict[str, Any]]:
     """Train a stage in this process (on this rank); return the rows of its metrics."""
     loaded, name = load_recipe(["--recipe", str(recipe), "--stage", stage, *flags], stage=True)
     train(loaded, name)
     return read_metrics(loaded.work_dir / "checkpoints" / stage / "metrics.jsonl")
+
+
+def get_curve(rows: list[dict[str, Any]]) -> list[float]:
+    """Return the loss of every row of metrics that has one."""
+    return [row["loss"] for row in rows if "loss" in row]

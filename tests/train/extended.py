@@ -39,11 +39,3 @@ def make_extended_run(folder: Path, *, stage: str, **model: Any) -> Path:
     assert text.count('trainable = "all"') == 1
     recipe.write_text(text.replace('trainable = "all"', stage))
     return recipe
-
-
-def copy_run(recipe: Path, folder: Path) -> Path:
-    """Copy a run with its checkpoints."""
-    shutil.copytree(recipe.parent, folder)
-    copied = folder / "recipe.toml"
-    copied.write_text(copied.read_text().replace(str(recipe.parent), str(folder)))
-    return copied

@@ -11,9 +11,8 @@ import psutil
 import pytest
 
 from megatron_adapt.logs import read_metrics
-from tests.helpers.runs import make_run, train_stage
+from tests.helpers.runs import copy_run, get_curve, make_run, train_stage
 from tests.helpers.spawn import run_ranks
-from tests.train.test_loop import copy_run, get_curve
 
 TOOL = Path(__file__).parents[2] / "tools" / "pretrain.py"
 STEPS = 40

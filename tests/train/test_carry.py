@@ -12,11 +12,10 @@ from megatron_adapt.data.encode import preprocess_data
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.files import read_json
 from megatron_adapt.vocab.resize import resize_vocab
-from tests.helpers.runs import make_run, train_stage
+from tests.helpers.runs import copy_run, make_run, train_stage
 from tests.helpers.tiny import write_extended_tokenizer
+from tests.train.extended import LETTERS
 
-LETTERS = [("á", "ĥ"), *(("áĥ", last) for last in "ĳĲĴ£ĵĺķĿ")]
-"Merges of the three bytes of letters of the second language, as byte-level pieces."
 MOMENT = "optimizer.state.exp_avg.decoder.final_layernorm.weight"
 
 
@@ -31,19 +30,15 @@ def first(tmp_path_factory):
     return recipe
 
 
-def copy_run(recipe, folder):
-    shutil.copytree(recipe.parent, folder)
-    copied = folder / "recipe.toml"
-    copied.write_text(copied.read_text().replace(str(recipe.parent), str(folder)))
-    return copied
-
-
 def read_moment(recipe, stage):
     return DistReader(find_checkpoint(recipe.parent / "run" / "checkpoints" / stage)).read(MOMENT)
 
 
 def test_a_stage_carries_the_moments_of_the_stage_before(first, tmp_path):
-    carried, fresh = copy_run(first, tmp_path / "carried"), copy_run(first, tmp_path / "fresh")
+    carried, fresh = (
+        copy_run(first, tmp_path / "carried", trained=True),
+        copy_run(first, tmp_path / "fresh", trained=True),
+    )
     fresh.write_text(fresh.read_text().replace("carry_optimizer = true", ""))
     one_step = ["--train.stop-after-steps", "1"]
     rows = [train_stage(recipe, "second", *one_step) for recipe in (carried, fresh)]
@@ -55,7 +50,7 @@ def test_a_stage_carries_the_moments_of_the_stage_before(first, tmp_path):
 
 
 def test_a_running_job_adds_tokens_and_goes_on(first, tmp_path):
-    recipe, root = copy_run(first, tmp_path / "wider"), first.parent / "run" / "checkpoints" / "first"
+    recipe, root = copy_run(first, tmp_path / "wider", trained=True), first.parent / "run" / "checkpoints" / "first"
     run = recipe.parent / "run"
     for part in ("megatron", "tokens", "checkpoints"):
         shutil.rmtree(run / part)
@@ -91,7 +86,7 @@ def test_weights_alone_have_nothing_to_carry(tmp_path):
 
 
 def test_an_optimizer_of_other_parameters_is_refused(first, tmp_path):
-    recipe = copy_run(first, tmp_path / "other")
+    recipe = copy_run(first, tmp_path / "other", trained=True)
     recipe.write_text(recipe.read_text().replace('"all"\ncarry', '"embeddings"\ncarry'))
     with pytest.raises(
         CheckpointError, match="trained with trainable all, now it is embeddings; its optimizer does not"

@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core import parallel_state
 
-from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.dist import DistReader
 from megatron_adapt.checkpoint.root import find_checkpoint, read_description
 from megatron_adapt.checkpoint.weights import load_weights
-from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint, Layout, StageSettings, TrainSettings
+from megatron_adapt.config import Layout, StageSettings, TrainSettings
 from megatron_adapt.engine.llama import build_model
 from megatron_adapt.engine.parallel import make_groups, start_engine
 from megatron_adapt.engine.trainable import freeze_rest
@@ -24,10 +23,10 @@ from megatron_adapt.tokenizer.id_map import IdMap
 from megatron_adapt.train.distill import compare_hidden_states, expand_windows, find_positions, spell_new_tokens
 from megatron_adapt.train.optimizer import build_trainer
 from megatron_adapt.train.step import train_step
-from tests.helpers.runs import train_stage
+from tests.helpers.runs import copy_run, train_stage
 from tests.helpers.spawn import run_ranks
-from tests.helpers.tiny import write_llama
-from tests.train.extended import NEW_IDS, copy_run, make_extended_run
+from tests.helpers.weights import make_weights
+from tests.train.extended import NEW_IDS, make_extended_run
 
 # ---------------------------------------------------------------- what the teacher reads
 
@@ -102,13 +101,7 @@ STAGE = StageSettings(
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """Megatron checkpoints of a tiny model, by whether its head is tied."""
-    folder, found = tmp_path_factory.mktemp("weights"), {}
-    for tied in (False, True):
-        hf = write_llama(folder / f"hf-{tied}", tie_word_embeddings=tied)
-        output, settings = folder / f"megatron-{tied}", CheckpointSettings(vocab_pad_multiple=PADDED)
-        convert_checkpoint(ConvertCheckpoint(source=hf, to="megatron", output=output, settings=settings))
-        found[tied] = find_checkpoint(output)
-    return found
+    return make_weights(tmp_path_factory.mktemp("weights"), vocab_pad_multiple=PADDED)
 
 
 def make_windows():
@@ -245,10 +238,11 @@ def _run_cases(weights):
     """Go through the layouts in one process group; a second one in the same process would hang."""
     found = {}
     with start_engine(Layout(tensor_model_parallel_size=2), seed=1):
-        for tied, folder in weights.items():
-            for name, (layout, settings) in CASES.items():
-                parallel_state.destroy_model_parallel()
-                make_groups(layout)
+        for name, (layout, settings) in CASES.items():
+            # Once a layout: the threads of the groups before live on.
+            parallel_state.destroy_model_parallel()
+            make_groups(layout)
+            for tied, folder in weights.items():
                 # Also a layer before the last one.
                 found[tied, name] = run_steps(folder, layout, settings, 1 if tied else -1)
     return found
@@ -288,7 +282,10 @@ def run(tmp_path_factory):
 
 
 def test_stage_learns_and_resumes_exactly_and_its_rows_of_metrics_name_the_loss(run, tmp_path):
-    straight, resumed = copy_run(run, tmp_path / "straight"), copy_run(run, tmp_path / "resumed")
+    straight, resumed = (
+        copy_run(run, tmp_path / "straight", trained=True),
+        copy_run(run, tmp_path / "resumed", trained=True),
+    )
     root = straight.parent / "run"
     (root / "checkpoints").rename(root / "put_aside")
     expected, rows = (train_stage(it, "first", *LONGER) for it in (straight, resumed))

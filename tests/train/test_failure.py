@@ -17,8 +17,7 @@ from megatron_adapt.files import read_json
 from megatron_adapt.logs import read_metrics
 from megatron_adapt.train import failure
 from megatron_adapt.train.failure import record_failure
-from tests.helpers.runs import NUM_STEPS, make_run
-from tests.train.test_loop import copy_run
+from tests.helpers.runs import NUM_STEPS, copy_run, make_run
 
 BROKEN = Path(__file__).with_name("broken_run.py")
 

@@ -17,8 +17,7 @@ from megatron_adapt.files import read_json, to_plain
 from megatron_adapt.run_folder import RunFolder
 from megatron_adapt.train import guard, loop
 from megatron_adapt.train.guard import LossHistory
-from tests.helpers.runs import NUM_STEPS, make_run, train_stage
-from tests.train.test_loop import copy_run
+from tests.helpers.runs import NUM_STEPS, copy_run, make_run, train_stage
 
 TRAIN_STEP = loop.train_step
 

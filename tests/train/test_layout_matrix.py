@@ -12,10 +12,9 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_adapt.checkpoint.convert import convert_checkpoint
-from megatron_adapt.checkpoint.root import find_checkpoint, read_description
+from megatron_adapt.checkpoint.root import read_description
 from megatron_adapt.checkpoint.weights import load_weights
-from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint, StageSettings, TrainSettings
+from megatron_adapt.config import StageSettings, TrainSettings
 from megatron_adapt.data.plan import BlendPosition, make_plan
 from megatron_adapt.engine.llama import build_chunks
 from megatron_adapt.engine.parallel import make_groups, start_engine
@@ -24,13 +23,15 @@ from megatron_adapt.train.optimizer import build_trainer
 from megatron_adapt.train.state import load_state, save_state
 from megatron_adapt.train.step import measure_bits_per_byte, train_step
 from tests.helpers.spawn import run_ranks
-from tests.helpers.tiny import write_llama
+from tests.helpers.weights import make_weights
 
 T, ROWS, PADDED = 16, 300, 312
 NEW_IDS = np.array([2, 7, 150, 155, 156, 157, 299])
 "On both sides of the cut of two tensor-parallel ranks, which lies before row 156."
 TRAINABLE = ("all", "embeddings", "new_rows")
 CHOICES = list(product(TRAINABLE, (False, True)))
+LR = 3e-3
+"At 1e-2 rounding grows: micro-batches of 1 and 2 on one rank then differ by 1e-4 after 20 steps, here by 1e-6."
 PLAN = make_plan({"en": 1.0}, 64, {"en": 999}, seq_length=T, global_batch_size=8, seed=1)
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
@@ -56,15 +57,9 @@ LAYOUTS_OF_FOUR = {
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """Megatron checkpoints of a model of four layers, by whether its head is tied."""
-    folder, found = tmp_path_factory.mktemp("weights"), {}
-    for tied in (False, True):
-        hf = write_llama(
-            folder / f"hf-{tied}", num_hidden_layers=4, initializer_range=0.05, tie_word_embeddings=tied
-        )  # fmt: skip
-        output, settings = folder / f"megatron-{tied}", CheckpointSettings(vocab_pad_multiple=PADDED)
-        convert_checkpoint(ConvertCheckpoint(source=hf, to="megatron", output=output, settings=settings))
-        found[tied] = find_checkpoint(output)
-    return found
+    return make_weights(
+        tmp_path_factory.mktemp("weights"), vocab_pad_multiple=PADDED, num_hidden_layers=4, initializer_range=0.05
+    )  # fmt: skip
 
 
 def make_windows(step):
@@ -81,7 +76,7 @@ def make_trainer(iteration, train, trainable, num_steps):
     )  # fmt: skip
     for chunk in chunks:
         freeze_rest(chunk, trainable)
-    stage = StageSettings(name="one", tokens=1, blend={"en": 1.0}, trainable=trainable, lr=1e-2)
+    stage = StageSettings(name="one", tokens=1, blend={"en": 1.0}, trainable=trainable, lr=LR)
     trainer = build_trainer(chunks, train, stage, num_steps, NEW_IDS)
     load_weights(trainer.bare_models, iteration)
     trainer.optimizer.reload_model_params()
@@ -129,32 +124,34 @@ def run_layouts(weights, layouts, choices, num_steps, folder):
     """Go through layouts in one process group; return numbers, forbidden changes and both halves of a resume."""
     found = {}
     with start_engine(TrainSettings(**next(iter(layouts.values()))), seed=1):
-        for (name, settings), (trainable, tied) in choices(layouts):
-            parallel_state.destroy_model_parallel()
+        for (name, settings), choices_of_layout in choices(layouts):
             train = TrainSettings(bf16=False, **settings)
+            # Once a layout: the threads of the groups before live on.
+            parallel_state.destroy_model_parallel()
             make_groups(train)
-            trainer = make_trainer(weights[tied], train, trainable, num_steps)
-            before = [
-                {key: value.detach().clone() for key, value in model.named_parameters()}
-                for model in trainer.bare_models
-            ]
-            numbers = run_steps(trainer, 0, num_steps)
-            changes = list_changes(trainer, before) if trainable == "new_rows" else []
-            root = Path(folder) / f"{name}-{trainable}-{tied}"
-            in_bf16 = replace(train, bf16=trainable == "all")
-            resume = check_resume(weights[tied], in_bf16, trainable, root) if folder else ([], [])
-            found[name, trainable, tied] = numbers, changes, resume
+            for trainable, tied in choices_of_layout:
+                trainer = make_trainer(weights[tied], train, trainable, num_steps)
+                before = [
+                    {key: value.detach().clone() for key, value in model.named_parameters()}
+                    for model in trainer.bare_models
+                ]
+                numbers = run_steps(trainer, 0, num_steps)
+                changes = list_changes(trainer, before) if trainable == "new_rows" else []
+                root = Path(folder) / f"{name}-{trainable}-{tied}"
+                in_bf16 = replace(train, bf16=trainable == "all")
+                resume = check_resume(weights[tied], in_bf16, trainable, root)
+                found[name, trainable, tied] = numbers, changes, resume
     return found
 
 
 def take_turns(layouts):
     """Give every layout one choice of what learns."""
-    return zip(layouts.items(), cycle(CHOICES), strict=False)
+    return zip(layouts.items(), ([choice] for choice in cycle(CHOICES)), strict=False)
 
 
 def take_all(layouts):
     """Give every layout every choice of what learns."""
-    return product(layouts.items(), CHOICES)
+    return [(layout, CHOICES) for layout in layouts.items()]
 
 
 def check_layouts(weights, layouts, world_size, choices, num_steps, folder):
@@ -171,7 +168,9 @@ def check_layouts(weights, layouts, world_size, choices, num_steps, folder):
         for (name, trainable, tied), (numbers, changes, (straight, resumed)) in found.items():
             case = f"{name}, {trainable}, {'tied' if tied else 'untied'}"
             assert numbers[0::2] == pytest.approx(expected[trainable, tied][0::2], rel=1e-5), case
-            assert numbers[1::2] == pytest.approx(expected[trainable, tied][1::2], rel=1e-4), case
+            # Gradients differ more than losses once the weights do: only those of the first step have the same ones.
+            assert numbers[1] == pytest.approx(expected[trainable, tied][1], rel=1e-5), case
+            assert numbers[3::2] == pytest.approx(expected[trainable, tied][3::2], rel=1e-3), case
             assert changes == [], case
             assert resumed == straight, case
             seen.add(name)

@@ -17,11 +17,11 @@ from megatron_adapt.engine.parallel import Layout, start_engine
 from megatron_adapt.engine.trainable import freeze_rest, name_parameters
 from megatron_adapt.errors import CheckpointError, ConfigError
 from megatron_adapt.train.learning import check_learning
-from tests.helpers.runs import make_run, train_stage
+from tests.helpers.runs import copy_run, get_curve, make_run, train_stage
 from tests.helpers.shapes import SMALL_SHAPE
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tensors import convert_to_hf
-from tests.train.test_loop import LAYOUTS, copy_run, get_curve
+from tests.train.test_loop import LAYOUTS
 
 SAME = ("loss", "grad_norm", "learning_rate", "decoupled_learning_rate", "valid_bits_per_byte")
 HALF = ["--train.stop-after-steps", "3"]

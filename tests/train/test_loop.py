@@ -15,7 +15,7 @@ from megatron_adapt.checkpoint.root import find_checkpoint
 from megatron_adapt.data.plan import read_plan
 from megatron_adapt.errors import CheckpointError, ConfigError, EngineError
 from megatron_adapt.logs import read_metrics
-from tests.helpers.runs import NUM_STEPS, TOKENS, make_run, train_stage
+from tests.helpers.runs import NUM_STEPS, TOKENS, copy_run, get_curve, make_run, train_stage
 from tests.helpers.spawn import run_ranks
 
 LAYOUTS = {
@@ -35,18 +35,6 @@ def reference(request, tmp_path_factory):
     recipe = make_run(folder, tie_word_embeddings=request.param)
     rows = train_stage(recipe, "first")
     return recipe, rows
-
-
-def copy_run(recipe, folder):
-    """Copy what a run starts from, without its checkpoints."""
-    shutil.copytree(recipe.parent, folder, ignore=shutil.ignore_patterns("checkpoints"))
-    copied = folder / "recipe.toml"
-    copied.write_text(copied.read_text().replace(str(recipe.parent), str(folder)))
-    return copied
-
-
-def get_curve(rows):
-    return [row["loss"] for row in rows if "loss" in row]
 
 
 def test_reference_learns_and_logs_every_step(reference):
@@ -164,7 +152,7 @@ def test_what_decides_the_result_may_not_change_under_a_running_stage(started, f
 
 
 def test_data_that_changed_under_a_running_stage_are_refused_by_name(started, tmp_path):
-    recipe = copy_whole(started, tmp_path / "run")
+    recipe = copy_run(started, tmp_path / "run", trained=True)
     path = recipe.parent / "run" / "tokens" / "xx-train.bin"
     content = bytearray(path.read_bytes())
     content[10:12] = content[12:14]
@@ -196,7 +184,7 @@ def test_a_checkpoint_says_where_it_stands_in_every_source(started):
 
 def test_a_changed_blend_goes_on_behind_what_was_read_if_told_so(started, tmp_path):
     """The rest of the stage reads by the new shares, and a third launch needs no second permission."""
-    recipe = copy_whole(started, tmp_path / "run")
+    recipe = copy_run(started, tmp_path / "run", trained=True)
     again = [*OTHER_BLEND, "--train.stop-after-steps", "1"]
     rows = train_stage(recipe, "first", *again, "--train.continue-blend")
     assert rows[-1]["step"] == 4
@@ -210,20 +198,12 @@ def test_a_changed_blend_goes_on_behind_what_was_read_if_told_so(started, tmp_pa
 
 
 def test_a_longer_stage_reads_on_as_if_it_had_always_been_so_long(started, tmp_path):
-    recipe = copy_whole(started, tmp_path / "run")
+    recipe = copy_run(started, tmp_path / "run", trained=True)
     longer = ["--train.stages.0.tokens", str(2 * TOKENS), "--train.continue-blend"]
     rows = train_stage(recipe, "first", *longer, "--train.stop-after-steps", "2")
     assert rows[-1]["step"] == 5
     assert read_plan(recipe.parent / "run" / "checkpoints" / "first" / "plan.json").before == (0, 0)
     assert rows[-1]["tokens"] == {"en": 15 * 16, "xx": 45 * 16}
-
-
-def copy_whole(recipe, folder):
-    """Copy a run with its checkpoints."""
-    shutil.copytree(recipe.parent, folder)
-    copied = folder / "recipe.toml"
-    copied.write_text(copied.read_text().replace(str(recipe.parent), str(folder)))
-    return copied
 
 
 def test_megatron_orders_the_windows_by_itself_and_is_resumed_exactly(tmp_path):

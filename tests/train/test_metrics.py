@@ -20,9 +20,8 @@ from megatron_adapt.train.metrics import describe_row, find_base
 from megatron_adapt.train.optimizer import build_trainer
 from megatron_adapt.train.step import measure_bits_per_byte, train_step
 from megatron_adapt.train.tally import BatchSources
-from tests.helpers.runs import NUM_STEPS, make_run, make_texts, train_stage, write_documents
+from tests.helpers.runs import NUM_STEPS, copy_run, make_run, make_texts, train_stage, write_documents
 from tests.helpers.spawn import run_ranks
-from tests.train.test_loop import copy_run, copy_whole
 from tests.train.test_sinks import FakeBoard, FakeWandb
 
 BATCH, T = 12, 16
@@ -151,7 +150,7 @@ def test_validation_has_every_source_and_every_language_and_what_is_forgotten(so
 def test_forgetting_goes_on_after_a_resume_and_needs_the_same_windows(sources, tmp_path, capsys):
     recipe = copy_run(sources, tmp_path / "run")
     stopped = train_stage(recipe, "first", "--train.stop-after-steps", "3")
-    other = copy_whole(recipe, tmp_path / "other")
+    other = copy_run(recipe, tmp_path / "other", trained=True)
     rows = train_stage(recipe, "first")
     assert rows[: len(stopped)] == stopped
     change = rows[-1]["valid_bits_per_byte"]["en"] - rows[0]["valid_bits_per_byte"]["en"]

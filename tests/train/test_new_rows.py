@@ -8,21 +8,20 @@ import torch
 from megatron.core import parallel_state
 from torch.nn.functional import cross_entropy
 
-from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.dist import DistReader
 from megatron_adapt.checkpoint.root import find_checkpoint, read_description
 from megatron_adapt.checkpoint.weights import load_weights
-from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint, Layout, StageSettings, TrainSettings
+from megatron_adapt.config import Layout, StageSettings, TrainSettings
 from megatron_adapt.engine.llama import build_model
 from megatron_adapt.engine.parallel import make_groups, start_engine
 from megatron_adapt.engine.trainable import freeze_rest
 from megatron_adapt.errors import CheckpointError, ConfigError
 from megatron_adapt.train.optimizer import build_trainer
 from megatron_adapt.train.step import train_step
-from tests.helpers.runs import train_stage
+from tests.helpers.runs import copy_run, train_stage
 from tests.helpers.spawn import run_ranks
-from tests.helpers.tiny import write_llama
-from tests.train.extended import NEW_IDS, copy_run, make_extended_run
+from tests.helpers.weights import make_weights
+from tests.train.extended import NEW_IDS, make_extended_run
 
 T, NUM_STEPS, ROWS, PADDED = 16, 3, 300, 312
 SCATTERED = np.array([2, 7, 150, 155, 156, 157, 299])
@@ -34,16 +33,10 @@ MATRICES = ("embedding.word_embeddings.weight", "output_layer.weight")
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """Megatron checkpoints of a tiny model, by whether its head is tied."""
-    folder, found = tmp_path_factory.mktemp("weights"), {}
-    for tied in (False, True):
-        hf = write_llama(
-            folder / f"hf-{tied}", hidden_size=20, num_attention_heads=2, num_key_value_heads=2,
-            tie_word_embeddings=tied,
-        )  # fmt: skip
-        output, settings = folder / f"megatron-{tied}", CheckpointSettings(vocab_pad_multiple=PADDED)
-        convert_checkpoint(ConvertCheckpoint(source=hf, to="megatron", output=output, settings=settings))
-        found[tied] = find_checkpoint(output)
-    return found
+    return make_weights(
+        tmp_path_factory.mktemp("weights"), vocab_pad_multiple=PADDED,
+        hidden_size=20, num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
 
 
 def make_windows():
@@ -106,10 +99,11 @@ def _run_cases(weights):
     """Go through the layouts in one process group; a second one in the same process would hang."""
     found = {}
     with start_engine(Layout(tensor_model_parallel_size=2), seed=1):
-        for tied, folder in weights.items():
-            for name, (layout, settings) in CASES.items():
-                parallel_state.destroy_model_parallel()
-                make_groups(layout)
+        for name, (layout, settings) in CASES.items():
+            # Once a layout: the threads of the groups before live on.
+            parallel_state.destroy_model_parallel()
+            make_groups(layout)
+            for tied, folder in weights.items():
                 found[tied, name] = run_steps(folder, layout, TrainSettings(**{"bf16": False, **settings}))
     return found
 
@@ -169,7 +163,10 @@ def run(tmp_path_factory):
 
 
 def test_stage_resumes_exactly_and_its_checkpoint_holds_the_old_rows_masters_and_no_moments(run, tmp_path):
-    straight, resumed = copy_run(run, tmp_path / "straight"), copy_run(run, tmp_path / "resumed")
+    straight, resumed = (
+        copy_run(run, tmp_path / "straight", trained=True),
+        copy_run(run, tmp_path / "resumed", trained=True),
+    )
     root = straight.parent / "run"
     (root / "checkpoints").rename(root / "put_aside")
     # A checkpoint of before a setting existed says nothing of it.
@@ -203,7 +200,7 @@ def test_stage_resumes_exactly_and_its_checkpoint_holds_the_old_rows_masters_and
 
 def test_other_new_rows_are_refused_under_a_running_stage_and_as_its_successor(run, tmp_path):
     """A moment of a row that is no longer new would move it."""
-    recipe = copy_run(run, tmp_path / "run")
+    recipe = copy_run(run, tmp_path / "run", trained=True)
     for path in (recipe.parent / "run").rglob("added_pieces.json"):
         content = json.loads(path.read_text())
         content["moved"][str(NEW_IDS[0])] = content["pieces"].pop(str(NEW_IDS[0]))[0]
@@ -226,7 +223,7 @@ def move_checkpoint(trained, initial):
 
 
 def test_a_tokenizer_without_new_tokens_is_refused(run, tmp_path):
-    recipe = copy_run(run, tmp_path / "run")
+    recipe = copy_run(run, tmp_path / "run", trained=True)
     path = recipe.parent / "run" / "megatron" / "hf" / "added_pieces.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "pieces": {}, "moved": {str(new): 5 for new in NEW_IDS}}))

@@ -4,9 +4,9 @@ import pytest
 
 from megatron_adapt.errors import CheckpointError, ConfigError
 from megatron_adapt.files import read_json
-from tests.helpers.runs import make_run, train_stage
+from tests.helpers.runs import copy_run, get_curve, make_run, train_stage
 from tests.helpers.spawn import run_ranks
-from tests.train.test_loop import LAYOUTS, copy_run, get_curve
+from tests.train.test_loop import LAYOUTS
 
 RAMP = ["--train.stages.0.rampup-batch-size", "4", "4", "24"]
 SIZES = [4, 4, 4, 8, 8, 12, 12, 12, 8]

@@ -14,9 +14,8 @@ from megatron_adapt.checkpoint.dist import DistReader
 from megatron_adapt.checkpoint.root import LATEST_FILE, list_steps, write_latest
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.train import loop, state
-from tests.helpers.runs import NUM_STEPS, make_run, train_stage
+from tests.helpers.runs import NUM_STEPS, copy_run, get_curve, make_run, train_stage
 from tests.helpers.spawn import run_ranks
-from tests.train.test_loop import copy_run, copy_whole, get_curve
 
 WRITE_ITEM, TRAIN_STEP = filesystem_async._write_item, loop.train_step
 
@@ -146,7 +145,7 @@ def test_a_disk_that_is_full_at_the_end_of_a_save_leaves_the_checkpoint_before(k
 
 def test_a_damaged_checkpoint_is_refused_and_the_run_goes_back_as_told(kept, tmp_path):
     recipe, expected = kept
-    copied = copy_whole(recipe, tmp_path / "run")
+    copied = copy_run(recipe, tmp_path / "run", trained=True)
     root = get_root(copied)
     (root / "stage.json").unlink()
     write_latest(root, 5)

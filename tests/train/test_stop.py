@@ -9,9 +9,8 @@ import pytest
 from megatron_adapt.checkpoint.root import find_checkpoint
 from megatron_adapt.train import loop
 from megatron_adapt.train.stop import StopRequest
-from tests.helpers.runs import make_run, train_stage
+from tests.helpers.runs import copy_run, make_run, train_stage
 from tests.helpers.spawn import run_ranks
-from tests.train.test_loop import copy_run
 
 
 def raise_at(step, number, rank, done, *args, **kwargs):
