@@ -44,6 +44,9 @@ class Layout:
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     "local: megatron-core's layers on torch's attention and norm. transformer_engine: its layers; must be installed."
 
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    "Kernels beside those of the layers: Triton's, or their torch twins; auto: Triton's on a GPU where it is installed."
+
     def __post_init__(self) -> None:
         sizes = "tensor_model pipeline_model virtual_pipeline_model context".split()
         for name in [f"{size}_parallel_size" for size in sizes] + ["recompute_num_layers"]:

@@ -10,8 +10,8 @@ What the engine asks of real tensors or of other ranks is answered here, for as 
 2. objects gathered from all ranks are this rank's own: all ranks of a stage are alike;
 3. ``LlamaModel.to`` does nothing, because the weights are where they belong and fake ones cannot be swapped;
 4. the states of random generators are not kept apart: nothing is drawn;
-5. for a GPU, RMSNorm keeps what the fused kernel of CUDA keeps - input, weight and one number a token - where the CPU
-   keeps several fp32 copies. Attention needs no such answer: the flash kernels of CPU and GPU keep the same;
+5. Triton's kernels are their torch twins, which keep the same; for a GPU, RMSNorm also works without fp32 copies, as
+   the fused kernels there do. Attention needs no such answer: the flash kernels of CPU and GPU keep the same;
 6. attention over shared windows has no mask: it cannot be a fake tensor, and the flash kernels keep none;
 7. the upstream gradient of the loss is the same for all tokens, as in training: fake tensors have no values to compare.
 
@@ -35,8 +35,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_adapt.config import Layout
-from megatron_adapt.engine import attention, cpu
-from megatron_adapt.engine.kernels import linear_cross_entropy
+from megatron_adapt.engine import attention, cpu, llama
+from megatron_adapt.engine.kernels import linear_cross_entropy, rms_norm
 from megatron_adapt.engine.llama import LlamaModel
 from megatron_adapt.engine.parallel import make_groups, quieten_engine
 
@@ -53,7 +53,7 @@ def start_fake_engine(layout: Layout, *, rank: int, world_size: int, on_gpu: boo
     """
     quieten_engine()
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    norm = mock.patch.object(torch.nn.functional, "rms_norm", _normalise) if on_gpu else nullcontext()
+    norm = mock.patch.object(rms_norm, "_Norm", _FusedNorm) if on_gpu else nullcontext()
     make_group = partial(_make_fake_group, parallel_state.create_group)
     try:
         with (
@@ -61,6 +61,7 @@ def start_fake_engine(layout: Layout, *, rank: int, world_size: int, on_gpu: boo
             mock.patch.object(parallel_state, "create_group", make_group),
             mock.patch.object(dist, "all_gather_object", _gather_own),
             mock.patch.object(LlamaModel, "to", _stay),
+            mock.patch.object(llama, "choose_kernels", _choose_twins),
             mock.patch.object(linear_cross_entropy, "_find_common_value", _answer_one),
             mock.patch.object(CudaRNGStatesTracker, "fork", _keep_generator),
             mock.patch.object(attention, "causal_lower_right", _keep_no_mask),
@@ -88,6 +89,10 @@ def _gather_own(gathered: list[Any], item: Any, group: Any = None) -> None:
     gathered[:] = [item] * len(gathered)
 
 
+def _choose_twins(asked: str) -> str:
+    return "torch"
+
+
 def _answer_one(*_: Any) -> float:
     return 1.0
 
@@ -105,10 +110,10 @@ def _keep_no_mask(*_: int) -> None:
 
 
 class _FusedNorm(torch.autograd.Function):
-    """Shapes and saved tensors of CUDA's ``_fused_rms_norm`` (torch 2.9 and later); computes nothing."""
+    """Shapes and saved tensors of fused kernels, CUDA's ``_fused_rms_norm`` or Triton's; computes nothing."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         inverse_rms = torch.empty(hidden.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(hidden, weight, inverse_rms)
         return torch.empty_like(hidden)
@@ -116,10 +121,4 @@ class _FusedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, _ = ctx.saved_tensors
-        return torch.empty_like(hidden), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-
-
-def _normalise(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    weight = kwargs["weight"] if "weight" in kwargs else args[1]
-    normalised: torch.Tensor = _FusedNorm.apply(hidden, weight)  # type: ignore[no-untyped-call]
-    return normalised
+        return torch.empty_like(hidden), torch.empty_like(weight) if ctx.needs_input_grad[1] else None, None

@@ -1,8 +1,9 @@
 """LlamaShape to a megatron-core ``GPTModel``: the same arithmetic as transformers' ``LlamaForCausalLM``.
 
-Four things differ from the engine's defaults: norm and core attention are ours (``norm``, ``attention``); the
-llama3 frequency scaling takes all four of its numbers, where the engine assumes 8192 original positions; head and loss
-are one (``kernels.linear_cross_entropy``); and columns that pad the vocabulary take no part in it.
+Four things differ from the engine's defaults: norm, core attention and gate are ours (``norm``, ``attention``,
+``swiglu``), RoPE too where Triton's kernels run (``rope``); the llama3 frequency scaling takes all four of its
+numbers, where the engine assumes 8192 original positions; head and loss are one (``kernels.linear_cross_entropy``);
+and columns that pad the vocabulary take no part in it.
 Weights are left uninitialised: they always come from a checkpoint.
 """
 
@@ -30,14 +31,18 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_adapt.config import Layout
+from megatron_adapt.engine import rope
 from megatron_adapt.engine.attention import SDPACoreAttention
+from megatron_adapt.engine.kernels.dispatch import Implementation, choose_kernels
 from megatron_adapt.engine.kernels.linear_cross_entropy import Columns, linear_cross_entropy
 from megatron_adapt.engine.norm import RMSNorm
 from megatron_adapt.engine.parallel import get_device
+from megatron_adapt.engine.swiglu import SwiGLU
 from megatron_adapt.errors import EngineError
 from megatron_adapt.shape import LlamaShape
 
@@ -148,12 +153,13 @@ def build_chunks(
         One part, or under a virtual pipeline several, in the order of their layers.
 
     Raises:
-        EngineError: Transformer Engine was asked for and is not installed.
+        EngineError: Transformer Engine was asked for and is not installed, or Triton's kernels do not run here.
     """
-    config = _make_config(shape, layout, bf16)
+    kernels = choose_kernels(layout.kernels)
+    config = _make_config(shape, layout, bf16, kernels)
     num_chunks = layout.virtual_pipeline_model_parallel_size
     numbers = range(num_chunks) if num_chunks > 1 else [None]
-    return [_build_chunk(shape, config, layout, padded_vocab_size, seq_length, number) for number in numbers]
+    return [_build_chunk(shape, config, layout, padded_vocab_size, seq_length, number, kernels) for number in numbers]
 
 
 def build_model(
@@ -171,11 +177,12 @@ def _build_chunk(
     padded_vocab_size: int,
     seq_length: int,
     number: int | None,
+    kernels: Implementation,
 ) -> LlamaModel:
     """Build one part of the model; ``number`` is that of a virtual pipeline."""
     model = LlamaModel(
         config=config,
-        transformer_layer_spec=_make_block(config, layout, number),
+        transformer_layer_spec=_make_block(config, layout, number, kernels),
         vocab_size=padded_vocab_size,
         max_sequence_length=seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=number),
@@ -188,9 +195,9 @@ def _build_chunk(
     model.true_vocab_size = shape.vocab_size
     if shape.rope_scaling is not None:
         scaling = shape.rope_scaling
-        rope = model.rotary_pos_emb
-        rope.inv_freq = rope._apply_scaling(
-            rope.inv_freq,
+        embedding = model.rotary_pos_emb
+        embedding.inv_freq = embedding._apply_scaling(
+            embedding.inv_freq,
             factor=scaling.factor,
             low_freq_factor=scaling.low_freq_factor,
             high_freq_factor=scaling.high_freq_factor,
@@ -201,7 +208,9 @@ def _build_chunk(
     return model
 
 
-def _make_block(config: TransformerConfig, layout: Layout, number: int | None) -> TransformerBlockSubmodules:
+def _make_block(
+    config: TransformerConfig, layout: Layout, number: int | None, kernels: Implementation
+) -> TransformerBlockSubmodules:
     """Name the classes of the layers of one part of the model."""
     if layout.transformer_impl == "transformer_engine":
         if not HAVE_TE:
@@ -211,11 +220,13 @@ def _make_block(config: TransformerConfig, layout: Layout, number: int | None) -
             )
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=number)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
+    norm = ModuleSpec(module=RMSNorm, params={"kernels": kernels})
+    layer.submodules.input_layernorm = norm
+    layer.submodules.pre_mlp_layernorm = norm
     layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+    layer.submodules.mlp.submodules.activation_func = ModuleSpec(module=SwiGLU, params={"kernels": kernels})
     num_layers = get_num_layers_to_build(config, vp_stage=number)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
 def _mark_split_weights(model: LlamaModel) -> None:
@@ -230,8 +241,11 @@ def _mark_split_weights(model: LlamaModel) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, split_axis[type(module)], 1)
 
 
-def _make_config(shape: LlamaShape, layout: Layout, bf16: bool) -> TransformerConfig:
+def _make_config(shape: LlamaShape, layout: Layout, bf16: bool, kernels: Implementation) -> TransformerConfig:
     dtype = torch.bfloat16 if bf16 else torch.float32
+    is_local = layout.transformer_impl == "local"
+    if is_local and kernels == "triton":
+        rope.install()
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -259,13 +273,15 @@ def _make_config(shape: LlamaShape, layout: Layout, bf16: bool) -> TransformerCo
         **_choose_recompute(layout),
         finalize_model_grads_func=finalize_model_grads,
         calculate_per_token_loss=True,
+        # With it the engine builds the activation that the layer spec names (``swiglu``), whosever that is.
+        use_te_activation_func=is_local,
+        apply_rope_fusion=is_local and kernels == "triton",
         # Kernels of Apex and Transformer Engine, which are not required.
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        apply_rope_fusion=False,
     )
 
 

@@ -178,7 +178,7 @@ def test_ranks_that_share_a_window_hold_their_share_of_it_and_gather_keys_and_va
     alone = measure_rank(make_job(), 0)
     shared = measure_rank(make_job(world_size=2, context_parallel_size=2), 0)
     # Keys and values of the whole window stay.
-    assert shared.activations == pytest.approx(alone.activations / 2, rel=0.1)
+    assert shared.activations == pytest.approx(alone.activations / 2, rel=0.15)
     assert shared.activations > alone.activations / 2
     heads = 2 * SHAPE.num_query_groups * SHAPE.kv_channels * 256  # keys and values of a micro-batch
     # Gathered in bf16, and their gradients reduce-scattered; of each a rank of two sends the half.

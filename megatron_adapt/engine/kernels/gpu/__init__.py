@@ -1,0 +1,1 @@
+"""Triton's kernels; imported when they were chosen, because the package triton is optional."""
