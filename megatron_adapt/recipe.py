@@ -64,8 +64,14 @@ class Recipe:
         for language in sorted(set(self.old_languages) & set(self.new_languages)):
             raise ConfigError(f"new_languages: {language!r} is among old_languages too; keep it in one")
         self._check_corpus()
-        for stage in (*self.train.stages, *([self.base_train] if self.base_train else [])):
+        stages = (*self.train.stages, *([self.base_train] if self.base_train else []))
+        for stage in stages:
             self._check_stage(stage)
+        if self.train.z_loss and stages and all(stage.objective == "token_distillation" for stage in stages):
+            raise ConfigError(
+                f"train.z_loss: {self.train.z_loss} has no effect, all stages are token_distillation, which has no "
+                "softmax; leave it out"
+            )
         for name in self.compare:
             if not re.fullmatch(r"\w[\w.-]*", name):
                 raise ConfigError(f"compare.{name}: the name must be a plain word; rename the table")

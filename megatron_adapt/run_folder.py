@@ -19,7 +19,7 @@ PLAN_FILE = "plan.json"
 "Plan of the blend, beside the checkpoints of a stage and in each of them."
 TRAINING_FILE = "training.json"
 "In a checkpoint: what the run reads, and where it stands in each source."
-_OLDER_DEFAULTS: dict[str, Any] = {"decoupled_lr": False, "rampup_batch_size": []}
+_OLDER_DEFAULTS: dict[str, Any] = {"decoupled_lr": False, "rampup_batch_size": [], "z_loss": 0.0}
 "What a ``training.json`` of before these entries means."
 
 
@@ -113,14 +113,18 @@ _LATER_DEFAULTS = {
     "decoupled_lr": None,
     "decoupled_min_lr": None,
     "rampup_batch_size": [],
+    "z_loss": 0.0,
 }
 
 
 def describe_training(stage: StageSettings, train: TrainSettings) -> dict[str, Any]:
     """Return the settings that decide the weights a stage ends with; its record keeps them."""
     decisive = {name: value for name, value in to_plain(train).items() if name not in _WITHOUT_EFFECT}
-    described = {name: value for name, value in to_plain(stage).items() if (name, value) not in _LATER_DEFAULTS.items()}
-    return {"stage": described, "train": decisive}
+    described = {"stage": to_plain(stage), "train": decisive}
+    return {
+        table: {name: value for name, value in settings.items() if (name, value) not in _LATER_DEFAULTS.items()}
+        for table, settings in described.items()
+    }
 
 
 def find_change(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

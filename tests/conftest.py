@@ -8,6 +8,9 @@ import pytest
 
 # Before anything imports torch: as ``flags`` sets it for the tools, or a busy machine makes the tests ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before anything imports triton, as megatron-core does: tl.max and others are kernels themselves, and are made
+# for the interpreter or for a GPU then. On a GPU: TRITON_INTERPRET=0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,6 +25,10 @@ def make_stage(**changes):
     return StageSettings(**{"name": "warm", "tokens": 1000, "blend": {"en": 1.0}, **changes})
 
 
+def make_distilling(**changes):
+    return make_stage(objective="token_distillation", trainable="new_rows", **changes)
+
+
 def make_recipe(**changes):
     values = {
         "work_dir": Path("run"),
@@ -131,6 +135,12 @@ def test_a_donor_taken_whole_leaves_nothing_to_choose(name, value):
         (lambda: make_stage(name=".."), r"train\.stages \.\.: the name must be a plain word"),
         (lambda: BaseSettings(num_attention_heads=0), r"base\.num_attention_heads: 0 is below 1"),
         (lambda: TrainSettings(adam_eps=0.0), r"train\.adam_eps: 0\.0 is not positive, and what has no .*; use 1e-8"),
+        (lambda: TrainSettings(z_loss=-1e-4), r"train\.z_loss: -0\.0001 is no number from 0; 1e-4 is usual, 0 is none"),
+        (lambda: TrainSettings(z_loss=math.nan), r"train\.z_loss: nan is no number from 0"),
+        (
+            lambda: make_recipe(train=TrainSettings(z_loss=1e-4, stages=(make_distilling(),))),
+            r"train\.z_loss: 0\.0001 has no effect, all stages are token_distillation, which has no softmax; leave it",
+        ),
         (lambda: TrainSettings(stop_after_steps=-1), r"train\.stop_after_steps: -1 is below 0"),
         (lambda: TrainSettings(device_hour_price=-0.5), r"train\.device_hour_price: -0\.5 is below 0"),
         (lambda: TrainSettings(max_skipped_steps=-1), r"train\.max_skipped_steps: -1 is below 0"),
@@ -151,3 +161,9 @@ def test_right_values_are_accepted():
     stage = make_stage(lr_warmup_fraction=0.0)
     assert make_recipe(train=TrainSettings(stages=(stage, make_stage(name="full")))).train.stages[0] == stage
     assert make_recipe(base_model=None, base=BaseSettings(), base_train=stage).base == BaseSettings()
+
+
+def test_a_z_loss_may_be_that_of_other_stages_than_a_distillation():
+    stages = (make_distilling(), make_stage(name="next"))
+    assert make_recipe(train=TrainSettings(z_loss=1e-4, stages=stages)).train.z_loss == 1e-4
+    make_recipe(train=TrainSettings(z_loss=1e-4, stages=stages[:1]), base_train=make_stage(name="from_scratch"))

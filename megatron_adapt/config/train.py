@@ -251,6 +251,9 @@ class TrainSettings(Layout):
     "Weight decay of matrices; norms have none."
     clip_grad: float = 1.0
     "Largest norm of the gradient."
+    z_loss: float = 0.0
+    """Weight of the squared logarithm of the softmax's sum of exponentials, learned beside the loss (Chowdhery et al.
+    2022 use 1e-4); 0 is none. Losses are reported without it; token distillation has no softmax."""
     seed: int = 1234
     "Seed of the data order."
     blend_engine: Literal["adapt", "megatron"] = "adapt"
@@ -305,6 +308,10 @@ class TrainSettings(Layout):
         require(
             self.adam_eps > 0,
             f"train.adam_eps: {self.adam_eps} is not positive, and what has no gradient is divided by it; use 1e-8",
+        )
+        require(
+            math.isfinite(self.z_loss) and self.z_loss >= 0,
+            f"train.z_loss: {self.z_loss} is no number from 0; 1e-4 is usual, 0 is none",
         )
         limits = "stop_after_steps exit_duration_in_mins device_hour_price keep_last save_retain_interval"
         for name in f"{limits} max_skipped_steps step_timeout_in_mins".split():

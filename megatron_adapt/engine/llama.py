@@ -2,8 +2,8 @@
 
 Four things differ from the engine's defaults: norm, core attention and gate are ours (``norm``, ``attention``,
 ``swiglu``), RoPE too where Triton's kernels run (``rope``); the llama3 frequency scaling takes all four of its
-numbers, where the engine assumes 8192 original positions; head and loss are one (``kernels.linear_cross_entropy``);
-and columns that pad the vocabulary take no part in it.
+numbers, where the engine assumes 8192 original positions; head and loss are one (``kernels.linear_cross_entropy``),
+with a z-loss where one is asked for; and columns that pad the vocabulary take no part in it.
 Weights are left uninitialised: they always come from a checkpoint.
 """
 
@@ -51,6 +51,9 @@ class LlamaModel(GPTModel):  # type: ignore[misc]
     """A ``GPTModel`` that computes losses without logits, over the true vocabulary."""
 
     true_vocab_size: int
+    kernels: Implementation = "torch"
+    z_loss: float = 0.0
+    "Weight of the z-loss, whose gradient goes with that of the loss."
 
     def _postprocess(
         self,
@@ -70,7 +73,9 @@ class LlamaModel(GPTModel):  # type: ignore[misc]
             kwargs: of the engine.
 
         Returns:
-            [B, T] losses in nats over the true vocabulary, fp32.
+            [B, T] losses in nats over the true vocabulary, fp32. Where ``z_loss`` is not 0 the value is still the
+            cross entropy, to be reported, and the gradient is that of cross entropy and z-loss: the engine's schedule
+            takes one tensor, and megatron-core hands on the auxiliary losses of its routers in the same way.
         """
         if labels is None or not self.post_process:
             states: torch.Tensor = super()._postprocess(
@@ -86,13 +91,17 @@ class LlamaModel(GPTModel):  # type: ignore[misc]
         share = copy_to_tensor_model_parallel_region
         if self.config.sequence_parallel:
             share = gather_from_sequence_parallel_region
-        loss_N = linear_cross_entropy(
+        loss_N, z_loss_N = linear_cross_entropy(
             share(hidden_states, group=self.tp_group).flatten(0, 1),
             weight_VH,
             labels.t().flatten(),
             self._get_columns(len(weight_VH)),
             loss_mask_N=None if loss_mask is None else loss_mask.t().flatten(),
+            z_loss=self.z_loss,
+            kernels=self.kernels,
         )
+        if self.z_loss:
+            loss_N = loss_N + (z_loss_N - z_loss_N.detach())
         return loss_N.view(labels.shape[::-1]).t().contiguous()
 
     def _get_columns(self, num_rows: int) -> Columns:
@@ -138,7 +147,7 @@ class LlamaModel(GPTModel):  # type: ignore[misc]
 
 
 def build_chunks(
-    shape: LlamaShape, *, padded_vocab_size: int, layout: Layout, seq_length: int, bf16: bool
+    shape: LlamaShape, *, padded_vocab_size: int, layout: Layout, seq_length: int, bf16: bool, z_loss: float = 0.0
 ) -> list[LlamaModel]:
     """Build the parts of the model that this rank holds, with uninitialised weights.
 
@@ -148,6 +157,7 @@ def build_chunks(
         layout: must equal the layout the engine was started with.
         seq_length: longest sequence.
         bf16: bfloat16 weights, otherwise fp32.
+        z_loss: weight of the z-loss.
 
     Returns:
         One part, or under a virtual pipeline several, in the order of their layers.
@@ -159,7 +169,10 @@ def build_chunks(
     config = _make_config(shape, layout, bf16, kernels)
     num_chunks = layout.virtual_pipeline_model_parallel_size
     numbers = range(num_chunks) if num_chunks > 1 else [None]
-    return [_build_chunk(shape, config, layout, padded_vocab_size, seq_length, number, kernels) for number in numbers]
+    chunks = [_build_chunk(shape, config, layout, padded_vocab_size, seq_length, number, kernels) for number in numbers]
+    for chunk in chunks:
+        chunk.z_loss = z_loss
+    return chunks
 
 
 def build_model(
@@ -193,6 +206,7 @@ def _build_chunk(
         vp_stage=number,
     )
     model.true_vocab_size = shape.vocab_size
+    model.kernels = kernels
     if shape.rope_scaling is not None:
         scaling = shape.rope_scaling
         embedding = model.rotary_pos_emb

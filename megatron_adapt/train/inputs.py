@@ -118,6 +118,7 @@ class StageInputs:
             "bf16": self.settings.bf16,
             "reset_attention_mask": self.settings.reset_attention_mask,
             "eod_mask_loss": self.settings.eod_mask_loss,
+            "z_loss": self.settings.z_loss,
             "use_distributed_optimizer": self.settings.use_distributed_optimizer,
         }
 

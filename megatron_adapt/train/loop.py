@@ -78,6 +78,7 @@ def train(recipe: Recipe, stage_name: str) -> None:
             layout=settings,
             seq_length=settings.seq_length,
             bf16=settings.bf16,
+            z_loss=settings.z_loss,
         )
         stage = inputs.place.settings
         # Distillation stops before the head, which would learn nothing from it.

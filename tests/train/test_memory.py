@@ -210,6 +210,10 @@ def test_attention_keeps_no_matrix_of_scores_and_the_loss_no_logits():
     assert wide.activations - narrow.activations == 4 * PADDED * SHAPE.hidden_size
 
 
+def test_a_job_on_tritons_kernels_is_planned_where_they_do_not_run():
+    assert measure_rank(make_job(kernels="triton"), 0) == measure_rank(make_job(), 0)
+
+
 def test_sequence_parallelism_saves_activations():
     with_it = measure_rank(make_job(world_size=2, **split(2, 1)), 0)
     without = measure_rank(make_job(world_size=2, **split(2, 1, sequence_parallel=False)), 0)

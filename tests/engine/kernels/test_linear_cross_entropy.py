@@ -1,5 +1,6 @@
 """Head and loss in one: as exact as plain PyTorch, the same under every layout, and no work that nobody asked for."""
 
+import importlib.util
 import math
 from unittest import mock
 
@@ -25,6 +26,10 @@ from megatron_adapt.train.step import train_step
 from tests.helpers.spawn import run_ranks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON = pytest.param(
+    "triton", marks=pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+)
+KERNELS = ("torch", TRITON)
 
 
 def make_tensors(num_tokens, width, num_columns, dtype=torch.float32, seed=0):
@@ -39,7 +44,7 @@ def all_of(weight_VH):
 
 
 def run_ours(hidden_NH, weight_VH, labels_N, upstream_N, **options):
-    loss_N = linear_cross_entropy(hidden_NH, weight_VH, labels_N, all_of(weight_VH), **options)
+    loss_N, _ = linear_cross_entropy(hidden_NH, weight_VH, labels_N, all_of(weight_VH), **options)
     return [loss_N.detach(), *torch.autograd.grad(loss_N, (hidden_NH, weight_VH), upstream_N.to(loss_N.dtype))]
 
 
@@ -50,23 +55,27 @@ def run_plain(hidden_NH, weight_VH, labels_N, upstream_N):
     return [loss_N.detach(), *torch.autograd.grad(loss_N, (hidden_NH, weight_VH), upstream_N.to(exact))]
 
 
-def measure_errors(tensors, upstream_N):
+def measure_errors(tensors, upstream_N, **options):
     """Return, for the losses and both gradients: our error, plain PyTorch's, and the norm of the fp64 reference."""
     hidden_NH, weight_VH, labels_N = tensors
     in_fp64 = [tensor.detach().double().requires_grad_() for tensor in (hidden_NH, weight_VH)]
     exact = run_plain(*in_fp64, labels_N, upstream_N.double())
-    found = (run_ours(*tensors, upstream_N), run_plain(*tensors, upstream_N))
+    found = (run_ours(*tensors, upstream_N, **options), run_plain(*tensors, upstream_N))
     errors = [[(one.double() - other).norm().item() for one, other in zip(some, exact, strict=True)] for some in found]
     return zip(*errors, [tensor.norm().item() for tensor in exact], strict=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("upstream", ["same", "drawn"])
-def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, upstream, monkeypatch):
+@pytest.mark.parametrize(
+    ("kernels", "num_tokens"), [("torch", 413), pytest.param(*TRITON.values, 71, marks=TRITON.marks)]
+)
+def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, upstream, kernels, num_tokens, monkeypatch):
     monkeypatch.setattr(module, "_COLUMN_BLOCK", 500)
     monkeypatch.setattr(module, "_CHUNK_VALUES", {"cpu": 0})  # chunks of 64 tokens
-    upstream_N = torch.full((413,), 0.7) if upstream == "same" else torch.rand(413)
-    for ours, plain, _ in measure_errors(make_tensors(413, 96, 1201, dtype), upstream_N):
+    upstream_N = torch.full((num_tokens,), 0.7) if upstream == "same" else torch.rand(num_tokens)
+    tensors = make_tensors(num_tokens, 96, 1201, dtype)
+    for ours, plain, _ in measure_errors(tensors, upstream_N, kernels=kernels):
         assert ours <= 2 * plain
 
 
@@ -102,25 +111,53 @@ def test_gradient_with_z_loss_is_that_of_the_formula_for_any_upstream_gradient(m
 
     log_sum_N = (hidden_NH @ weight_VH.t()).logsumexp(1)
     plain_N = cross_entropy(hidden_NH @ weight_VH.t(), labels_N, reduction="none")
-    torch.testing.assert_close(compute(hidden_NH, weight_VH), plain_N + 0.1 * log_sum_N**2)
+    torch.testing.assert_close(compute(hidden_NH, weight_VH), (plain_N, 0.1 * log_sum_N**2))
     assert torch.autograd.gradcheck(compute, (hidden_NH, weight_VH))
-    summed = torch.autograd.grad(compute(hidden_NH, weight_VH).sum(), (hidden_NH, weight_VH))
+    summed = torch.autograd.grad(sum(compute(hidden_NH, weight_VH)).sum(), (hidden_NH, weight_VH))
     expected = torch.autograd.grad((plain_N + 0.1 * log_sum_N**2).sum(), (hidden_NH, weight_VH))
     torch.testing.assert_close(summed, expected)
 
 
-def test_a_second_backward_pass_gives_the_same_gradients():
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("of_z_loss", [0.0, 1.0, 3.0])
+def test_loss_and_z_loss_have_the_gradient_of_a_formula_each(kernels, of_z_loss):
+    """Logits (1, 2) and (0, -1), z_loss 0.5: the second token is the second column, upstream 1 and ``of_z_loss``."""
+    hidden_NH = torch.tensor([[1.0, 2.0], [0.0, -1.0]], requires_grad=True)
+    weight_VH, labels_N = torch.eye(2, requires_grad=True), torch.tensor([0, 1])
+    loss_N, z_loss_N = linear_cross_entropy(
+        hidden_NH, weight_VH, labels_N, all_of(weight_VH), z_loss=0.5, kernels=kernels
+    )
+    high, low = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1))
+    log_sums = 2 + math.log(1 + math.exp(-1)), math.log(1 + math.exp(-1))
+    assert loss_N.tolist() == pytest.approx([log_sums[0] - 1, log_sums[1] + 1])
+    assert z_loss_N.tolist() == pytest.approx([0.5 * log_sum**2 for log_sum in log_sums])
+    (loss_N.sum() + of_z_loss * z_loss_N.sum()).backward()
+    factors = [1 + of_z_loss * log_sum for log_sum in log_sums]
+    expected = [[low * factors[0] - 1, high * factors[0]], [high * factors[1], low * factors[1] - 1]]
+    torch.testing.assert_close(hidden_NH.grad, torch.tensor(expected))
+
+
+def test_without_a_weight_there_is_no_z_loss():
     hidden_NH, weight_VH, labels_N = make_tensors(9, 4, 7)
-    loss = 3 * linear_cross_entropy(hidden_NH, weight_VH, labels_N, all_of(weight_VH)).sum()
+    _, z_loss_N = linear_cross_entropy(hidden_NH, weight_VH, labels_N, all_of(weight_VH))
+    assert not z_loss_N.any()
+    assert not z_loss_N.requires_grad
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_second_backward_pass_gives_the_same_gradients(kernels):
+    hidden_NH, weight_VH, labels_N = make_tensors(9, 4, 7)
+    loss = 3 * linear_cross_entropy(hidden_NH, weight_VH, labels_N, all_of(weight_VH), kernels=kernels)[0].sum()
     first = torch.autograd.grad(loss, (hidden_NH, weight_VH), retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(loss, (hidden_NH, weight_VH)), first)
 
 
 @pytest.mark.parametrize("num_masked", [1, 4, 9])
-def test_a_masked_token_has_no_loss_and_leaves_no_gradient(num_masked):
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_masked_token_has_no_loss_and_leaves_no_gradient(num_masked, kernels):
     tensors = make_tensors(9, 4, 7)
     mask_N = torch.arange(9) >= num_masked
-    loss_N, of_hidden_NH, of_weight_VH = run_ours(*tensors, torch.ones(9), loss_mask_N=mask_N)
+    loss_N, of_hidden_NH, of_weight_VH = run_ours(*tensors, torch.ones(9), loss_mask_N=mask_N, kernels=kernels)
     expected = run_plain(*tensors, mask_N.float())
     torch.testing.assert_close(loss_N, expected[0] * mask_N)
     torch.testing.assert_close([of_hidden_NH, of_weight_VH], expected[1:])
@@ -131,19 +168,22 @@ def test_a_masked_token_has_no_loss_and_leaves_no_gradient(num_masked):
     ("hidden_learns", "weight_learns", "num_masked", "num_products"),
     [(True, True, 0, 3), (True, False, 0, 2), (False, True, 0, 2), (False, False, 0, 1), (True, True, 64, 1.5)],
 )
-def test_only_what_is_asked_for_is_computed(hidden_learns, weight_learns, num_masked, num_products):
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_only_what_is_asked_for_is_computed(hidden_learns, weight_learns, num_masked, num_products, kernels):
     hidden_NH, weight_VH, labels_N = make_tensors(128, 16, 300)
     hidden_NH.requires_grad_(hidden_learns)
     weight_VH.requires_grad_(weight_learns)
     mask_N = torch.arange(128) >= num_masked if num_masked else None
     with FlopCounterMode(display=False) as counter:
-        loss_N = linear_cross_entropy(hidden_NH, weight_VH, labels_N, all_of(weight_VH), loss_mask_N=mask_N)
+        loss_N, _ = linear_cross_entropy(
+            hidden_NH, weight_VH, labels_N, all_of(weight_VH), loss_mask_N=mask_N, kernels=kernels
+        )
         if loss_N.requires_grad:
             loss_N.sum().backward()
     assert counter.get_total_flops() == num_products * 2 * 128 * 16 * 300
     assert (hidden_NH.grad is not None, weight_VH.grad is not None) == (hidden_learns, weight_learns)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        linear_cross_entropy(hidden_NH, weight_VH, labels_N, all_of(weight_VH))
+        linear_cross_entropy(hidden_NH, weight_VH, labels_N, all_of(weight_VH), kernels=kernels)
     assert counter.get_total_flops() == 2 * 128 * 16 * 300
 
 
@@ -159,12 +199,14 @@ def test_memory_is_that_of_the_gradients_and_of_a_chunk(dtype, monkeypatch):
     assert live.peak < gradients + 2 * chunk + 100 * num_tokens < num_tokens * num_columns * dtype.itemsize / 2
 
 
-T, LAYOUTS = 16, (
+T, LAYOUTS = 16, [
     Layout(),
     Layout(tensor_model_parallel_size=2),
     Layout(tensor_model_parallel_size=2, sequence_parallel=True),
     Layout(pipeline_model_parallel_size=2),
-)  # fmt: skip
+]  # fmt: skip
+if importlib.util.find_spec("triton"):
+    LAYOUTS.append(Layout(tensor_model_parallel_size=2, kernels="triton"))
 
 
 def _compute_unfused(model, labels, logits):
@@ -196,6 +238,20 @@ def _learn(layout, tied, bf16):
     gradients = {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}
     second = train_step(trainer, windows, 1)
     return [first.loss, first.grad_norm, second.loss, second.grad_norm], gradients
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_model_learns_from_either_kernels_alike(bf16, monkeypatch):
+    with start_engine(Layout(), seed=1):
+        numbers, gradients = _learn(Layout(kernels="torch"), False, bf16)
+        monkeypatch.setattr(module, "_TorchSoftmax", None)
+        found, learned = _learn(Layout(kernels="triton"), False, bf16)
+    # The interpreter cuts off what a GPU rounds to bf16.
+    tolerance = 2 * torch.finfo(torch.bfloat16).eps if bf16 else 1e-6
+    assert found == pytest.approx(numbers, rel=tolerance)
+    for name, gradient in gradients.items():
+        assert (learned[name] - gradient).norm() <= tolerance * gradient.norm(), name
 
 
 def _compare_layouts():
@@ -234,7 +290,7 @@ def test_a_gradient_that_is_not_finite_goes_on_without_another_pass(monkeypatch)
     """Other ranks, that do not see it, would not take part in the pass."""
     hidden_NH, weight_VH = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     columns = Columns(first=0, num_true=5, group=None)
-    loss_N = linear_cross_entropy(hidden_NH, weight_VH, torch.tensor([0, 1, 2]), columns)
+    loss_N, _ = linear_cross_entropy(hidden_NH, weight_VH, torch.tensor([0, 1, 2]), columns)
     monkeypatch.setattr(module, "_go_through", None)
     loss_N.backward(torch.tensor([1.0, math.nan, 1.0]))
     assert hidden_NH.grad.isnan().all()

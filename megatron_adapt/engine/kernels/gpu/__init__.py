@@ -1,1 +1,1 @@
-"""Triton's kernels; imported when they were chosen, because the package triton is optional."""
+"""Triton's kernels, a file each beside its torch twin in the folder above; imported only where they run."""
