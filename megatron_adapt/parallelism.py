@@ -42,6 +42,7 @@ def check_layout(shape: LlamaShape, train: TrainSettings, *, padded_vocab_size: 
     if train.sequence_parallel and tp == 1:
         raise ConfigError("train.sequence_parallel: has no effect at tensor_model_parallel_size 1; switch it off")
     _check_sequence(shape, train)
+    _check_fp8(shape, train)
 
 
 def split_layers(num_layers: int, train: TrainSettings) -> list[int]:
@@ -116,6 +117,29 @@ def _check_sequence(shape: LlamaShape, train: TrainSettings) -> None:
             f"train.reset_attention_mask: does not run at context_parallel_size {cp}, where a document may lie on "
             "several ranks; use 1 and split the matrices (tensor_model_parallel_size) instead"
         )
+
+
+def _check_fp8(shape: LlamaShape, train: TrainSettings) -> None:
+    """Refuse products whose axes are not made of whole blocks of FP8.
+
+    Source: megatron-core 0.16 ``fp8_utils.get_fp8_align_size``.
+    """
+    if train.fp8 == "none":
+        return
+    tp, block = train.tensor_model_parallel_size, 32 if train.fp8_recipe == "mxfp8" else 16
+    sizes = {
+        "hidden_size": shape.hidden_size,
+        "query columns of a rank": shape.num_attention_heads * shape.kv_channels // tp,
+        "key and value columns of a rank": shape.num_query_groups * shape.kv_channels // tp,
+        "feed-forward columns of a rank": shape.ffn_hidden_size // tp,
+        "tokens of a micro-batch on a rank": train.micro_batch_size * train.seq_length // train.context_parallel_size,
+    }
+    for name, size in sizes.items():
+        if size % block:
+            raise ConfigError(
+                f'train.fp8: "{train.fp8}" with recipe "{train.fp8_recipe}" multiplies blocks of {block}, and {size} '
+                f'{name} are no multiple of it; use "none"'
+            )
 
 
 def check_launch(train: TrainSettings, *, num_ranks: int) -> None:

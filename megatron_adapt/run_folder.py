@@ -19,7 +19,15 @@ PLAN_FILE = "plan.json"
 "Plan of the blend, beside the checkpoints of a stage and in each of them."
 TRAINING_FILE = "training.json"
 "In a checkpoint: what the run reads, and where it stands in each source."
-_OLDER_DEFAULTS: dict[str, Any] = {"decoupled_lr": False, "rampup_batch_size": [], "z_loss": 0.0}
+_OLDER_DEFAULTS: dict[str, Any] = {
+    "decoupled_lr": False,
+    "rampup_batch_size": [],
+    "z_loss": 0.0,
+    "exp_avg_dtype": "fp32",
+    "exp_avg_sq_dtype": "fp32",
+    "fp8": "none",
+    "fp8_recipe": "tensorwise",
+}
 "What a ``training.json`` of before these entries means."
 
 
@@ -95,12 +103,12 @@ class StagePlace:
     "Place among the stages; a base made from scratch is stage 0."
 
 
-# Settings of the launch, not of the result; the layout changes a loss in its last digits only.
+# Settings of the launch, not of the result; the layout, but for FP8, changes a loss in its last digits only.
 _WITHOUT_EFFECT = (
     "stages nproc_per_node micro_batch_size log_interval save_interval eval_interval eval_windows stop_after_steps "
     "continue_blend exit_duration_in_mins tensorboard_dir wandb_project device_hour_price async_save keep_last "
     "save_retain_interval verify_checkpoint max_skipped_steps loss_spike_factor step_timeout_in_mins"
-).split() + [item.name for item in fields(Layout)]
+).split() + [item.name for item in fields(Layout) if not item.name.startswith("fp8")]
 # Settings that are newer than the first records: left out at their default, so that those still hold.
 _LATER_DEFAULTS = {
     "objective": "language_modeling",
@@ -114,17 +122,21 @@ _LATER_DEFAULTS = {
     "decoupled_min_lr": None,
     "rampup_batch_size": [],
     "z_loss": 0.0,
+    "exp_avg_dtype": "fp32",
+    "exp_avg_sq_dtype": "fp32",
+    "fp8": "none",
+    "fp8_recipe": "tensorwise",
 }
 
 
 def describe_training(stage: StageSettings, train: TrainSettings) -> dict[str, Any]:
     """Return the settings that decide the weights a stage ends with; its record keeps them."""
     decisive = {name: value for name, value in to_plain(train).items() if name not in _WITHOUT_EFFECT}
-    described = {"stage": to_plain(stage), "train": decisive}
-    return {
-        table: {name: value for name, value in settings.items() if (name, value) not in _LATER_DEFAULTS.items()}
-        for table, settings in described.items()
-    }
+    return {"stage": _drop_later_defaults(to_plain(stage)), "train": _drop_later_defaults(decisive)}
+
+
+def _drop_later_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if (name, value) not in _LATER_DEFAULTS.items()}
 
 
 def find_change(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

@@ -62,6 +62,11 @@ def check(padded_vocab_size=1024, **train):
             r"train\.reset_attention_mask: does not run with transformer_impl \"transformer_engine\", whose",
         ),
         (
+            {"transformer_impl": "transformer_engine", "fp8": "hybrid"},
+            r'train\.fp8: "hybrid" with recipe "tensorwise" multiplies blocks of 16, and 8 hidden_size are no multiple '
+            r'of it; use "none"$',
+        ),
+        (
             {"virtual_pipeline_model_parallel_size": 2},
             r"train\.virtual_pipeline_model_parallel_size: has no effect at pipeline_model_parallel_size 1; leave it",
         ),
@@ -102,6 +107,8 @@ def test_a_layout_that_does_not_fit_is_refused_with_the_ones_that_do(changes, me
         ({"recompute_num_layers": 2}, r"train\.recompute_method: has, like recompute_num_layers, no effect without"),
         ({"recompute_granularity": "selective"}, r'train\.recompute_modules: \[\] with recompute_granularity "sel'),
         ({"recompute_modules": ("mlp",)}, r"train\.recompute_modules: \['mlp'\] with recompute_granularity \"none\""),
+        ({"fp8": "hybrid"}, r'train\.fp8: "hybrid" runs in Transformer Engine alone; add .*, or use "none"$'),
+        ({"fp8_recipe": "mxfp8"}, r'train\.fp8_recipe: "mxfp8" has no effect with fp8 = "none"; leave it out$'),
         ({"context_parallel_size": 0}, r"train\.context_parallel_size: 0 is below 1$"),
         ({"num_layers_in_first_pipeline_stage": -1}, r"train\.num_layers_in_first_pipeline_stage: -1 is below 0$"),
     ],
@@ -172,3 +179,33 @@ def test_a_split_has_all_layers_and_the_sizes_that_were_asked_for_or_is_refused(
     assert stages[0] == (first or stages[0])
     assert stages[-1] == (last or stages[-1])
     assert len(set(stages[bool(first) : len(stages) - bool(last)])) <= 1
+
+
+FITS_FP8 = replace(
+    SMALL_SHAPE, hidden_size=64, ffn_hidden_size=128, num_attention_heads=8, num_query_groups=4, kv_channels=16,
+    max_position_embeddings=128,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "train", "message"),
+    [
+        ({}, {"fp8_recipe": "mxfp8", "tensor_model_parallel_size": 2}, None),
+        ({"hidden_size": 72}, {}, "72 hidden_size"),
+        ({"num_attention_heads": 5, "kv_channels": 12}, {}, "60 query columns of a rank"),
+        ({"num_query_groups": 2, "kv_channels": 20}, {}, "40 key and value columns of a rank"),
+        ({"ffn_hidden_size": 144}, {"tensor_model_parallel_size": 2}, "72 feed-forward columns of a rank"),
+        ({}, {"seq_length": 120, "micro_batch_size": 1}, "120 tokens of a micro-batch on a rank"),
+        ({}, {"seq_length": 120, "micro_batch_size": 2}, None),
+        ({}, {"seq_length": 120, "micro_batch_size": 2, "fp8_recipe": "mxfp8"}, "240 tokens of a micro-batch"),
+    ],
+)
+def test_fp8_takes_whole_blocks(changes, train, message):
+    settings = TrainSettings(
+        **{"seq_length": 128, "transformer_impl": "transformer_engine", "fp8": "hybrid", **train}
+    )  # fmt: skip
+    if message is None:
+        check_layout(replace(FITS_FP8, **changes), settings, padded_vocab_size=1024)
+        return
+    with pytest.raises(ConfigError, match=rf'^train\.fp8: "hybrid" with recipe .* and {message}.* no multiple of it'):
+        check_layout(replace(FITS_FP8, **changes), settings, padded_vocab_size=1024)

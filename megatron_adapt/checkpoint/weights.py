@@ -69,7 +69,19 @@ def load_weights(models: Sequence[torch.nn.Module], iter_folder: Path) -> None:
     _check_shapes(state, iter_folder)
     loaded = dist_checkpointing.load(state, str(iter_folder))
     for name, model in zip(state, models, strict=True):
-        _unwrap(model).load_state_dict(loaded[name])
+        fill(_unwrap(model), loaded[name])
+
+
+def fill(model: torch.nn.Module, values: dict[str, Any]) -> None:
+    """Copy values into all parameters and buffers of a model.
+
+    Args:
+        model: not wrapped.
+        values: by name; but for the quantisation states of Transformer Engine, which are not saved, all that it has.
+    """
+    found = model.load_state_dict(values, strict=False)
+    others = [name for name in found.missing_keys + found.unexpected_keys if not name.endswith("_extra_state")]
+    assert not others, others
 
 
 def _check_shapes(state: dict[str, Any], iter_folder: Path) -> None:

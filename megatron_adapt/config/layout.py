@@ -1,4 +1,4 @@
-"""How a training run is spread over ranks and memory: settings that change no loss beyond rounding."""
+"""How a training run is spread over ranks and memory: but for FP8, settings that change no loss beyond rounding."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -43,6 +43,12 @@ class Layout:
     "For selective: parts of a layer. The flash kernels behind core_attn keep little anyway."
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     "local: megatron-core's layers on torch's attention and norm. transformer_engine: its layers; must be installed."
+    fp8: Literal["none", "e4m3", "hybrid"] = "none"
+    """Type of what the products of the layers multiply, in Transformer Engine, on a GPU that has it. e4m3: all.
+    hybrid: gradients of activations in e5m2, which reaches further. Changes the loss, as it rounds more than bf16."""
+    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """What shares a scale: a tensor (compute capability 8.9 up), blocks of it (9.0), 32 values of it (10.0). Delayed
+    scaling is left out: its scales are those of steps before, and checkpoints do not hold them."""
 
     kernels: Literal["auto", "torch", "triton"] = "auto"
     "Kernels beside those of the layers: Triton's, or their torch twins; auto: Triton's on a GPU where it is installed."
@@ -70,6 +76,16 @@ class Layout:
             selective == bool(self.recompute_modules),
             f"train.recompute_modules: {list(self.recompute_modules)} with recompute_granularity "
             f'"{self.recompute_granularity}"; name modules for "selective", and only for it',
+        )
+
+        require(
+            self.fp8 == "none" or self.transformer_impl == "transformer_engine",
+            f'train.fp8: "{self.fp8}" runs in Transformer Engine alone; add transformer_impl = "transformer_engine", '
+            'or use "none"',
+        )
+        require(
+            self.fp8 != "none" or self.fp8_recipe == "tensorwise",
+            f'train.fp8_recipe: "{self.fp8_recipe}" has no effect with fp8 = "none"; leave it out',
         )
 
     @property

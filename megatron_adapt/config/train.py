@@ -247,6 +247,11 @@ class TrainSettings(Layout):
     "Decay of Adam's second moment."
     adam_eps: float = 1e-8
     "Epsilon of Adam."
+    exp_avg_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of Adam's first moment between steps. bf16: two bytes a value less, rounded at random so that its mean is
+    right; another layout then differs by that noise."""
+    exp_avg_sq_dtype: Literal["fp32", "bf16"] = "fp32"
+    "Type of Adam's second moment between steps, in the same way."
     weight_decay: float = 0.1
     "Weight decay of matrices; norms have none."
     clip_grad: float = 1.0

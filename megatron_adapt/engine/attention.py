@@ -1,11 +1,13 @@
 """Core attention for megatron-core's local layers on torch's scaled dot product attention.
 
 Grouped queries, causal, no matrix of scores in memory: on a CPU about 3 times as fast as the engine's own core
-attention at 1024 positions, with a tenth of the memory (``benchmarks/attention.py``); on a GPU torch chooses flash
-attention.
+attention at 1024 positions, with a tenth of the memory (``benchmarks/attention.py``); on a GPU torch chooses by itself
+between flash attention, cuDNN's and its own, and no choice is forced on it here.
 
-Attention inside documents (``pack_documents``) is one call per document, without a mask: a mask is a [B, T, T] tensor
-and hides scores that were computed all the same. What it costs is in ``README.md``.
+Attention inside documents (``pack_documents``) has no mask: that is a [B, T, T] tensor and hides scores that were
+computed all the same. On a GPU, below fp32, all documents of a micro-batch are one call of torch's ``varlen_attn``, a
+flash attention that knows where documents begin; elsewhere each is a call of its own. What that costs is in
+``README.md``; on a GPU neither was measured.
 
 The documents travel as megatron-core's ``PackedSeqParams``, which every layer hands to its attention, recomputed or
 not. Positions are not reset: RoPE turns query and key by their places, a score depends on the distance alone, and
@@ -17,6 +19,7 @@ and the r-th from the back, so that all have as much to attend to; keys and valu
 Shapes: T positions, B batch, N query heads, G key-value heads, D head width.
 """
 
+import inspect
 import math
 
 import torch
@@ -30,6 +33,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_adapt.engine.parallel import get_device
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Older ones know neither fewer key-value heads nor windows, of which causal attention is one.
+    _HAS_VARLEN = {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+except ImportError:
+    _HAS_VARLEN = False
+
 
 def pack_documents(cu_seqlens: torch.Tensor, seq_length: int) -> PackedSeqParams:
     """Say where documents lie in a micro-batch, for ``GPTModel.forward(packed_seq_params=...)``.
@@ -42,9 +55,11 @@ def pack_documents(cu_seqlens: torch.Tensor, seq_length: int) -> PackedSeqParams
     return PackedSeqParams(
         # Not "thd": the windows keep their batch axis, and with it the shapes that a pipeline sends.
         qkv_format="sbhd",
+        # One for the host, which reads lengths, and one for a kernel.
         cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=seq_length,
+        cu_seqlens_kv=cu_seqlens.to(get_device(), torch.int32),
+        # The longest document; the engine takes the higher of the two for its table.
+        max_seqlen_q=int(cu_seqlens.diff().max()),
         max_seqlen_kv=seq_length,
     )
 
@@ -98,14 +113,44 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
         if packed_seq_params is None:
             context_BNTD = self._attend(*(heads.permute(1, 2, 0, 3) for heads in (query, key, value)))
             return context_BNTD.permute(2, 0, 1, 3).flatten(2)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        # Window after window, as documents are counted.
+        tokens = [heads.transpose(0, 1).flatten(0, 1) for heads in (query, key, value)]
+        attend = self._attend_at_once if _takes_documents(query) else self._attend_one_by_one
+        context = attend(tokens[0], tokens[1], tokens[2], packed_seq_params)
+        return context.flatten(1).view(query.shape[1], query.shape[0], -1).transpose(0, 1).contiguous()
+
+    def _attend_at_once(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedSeqParams
+    ) -> torch.Tensor:
+        """Attend inside all documents in one call; query [B * T, N, D], others [B * T, G, D]; returns as query."""
+        begins, longest = documents.cu_seqlens_kv, documents.max_seqlen_q
+        context = varlen_attn(
+            query,
+            key,
+            value,
+            begins,
+            begins,
+            longest,
+            longest,
+            scale=self.softmax_scale,
+            window_size=(-1, 0),  # all that comes before
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        assert isinstance(context, torch.Tensor)  # nothing else was asked for
+        return context
+
+    def _attend_one_by_one(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedSeqParams
+    ) -> torch.Tensor:
+        """Attend inside each document in a call of its own; shapes as in ``_attend_at_once``."""
+        lengths = documents.cu_seqlens_q.diff().tolist()
         # One split of all tokens: the gradient of a slice would be a tensor of the whole size per document.
-        tokens = (heads.transpose(0, 1).flatten(0, 1).split_with_sizes(lengths) for heads in (query, key, value))
+        parts = (heads.split_with_sizes(lengths) for heads in (query, key, value))
         contexts = [
             self._attend(*(heads.transpose(0, 1)[None] for heads in document))[0].transpose(0, 1)
-            for document in zip(*tokens, strict=True)
+            for document in zip(*parts, strict=True)
         ]
-        return torch.cat(contexts).flatten(1).view(query.shape[1], query.shape[0], -1).transpose(0, 1).contiguous()
+        return torch.cat(contexts)
 
     def _attend_to_window(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attend from the two pieces of this rank to all of the window before them; shapes as in ``forward``."""
@@ -140,3 +185,10 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
         return scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=query.shape[1] != key.shape[1]
         )
+
+
+def _takes_documents(query: torch.Tensor) -> bool:
+    """Tell whether torch's flash attention takes these heads and knows documents: on a GPU, in bf16 or fp16."""
+    width = query.shape[-1]
+    is_narrow = query.dtype in (torch.bfloat16, torch.float16)
+    return _HAS_VARLEN and query.is_cuda and is_narrow and width % 8 == 0 and width <= 256

@@ -38,6 +38,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_adapt.config import Layout
 from megatron_adapt.engine import rope
 from megatron_adapt.engine.attention import SDPACoreAttention
+from megatron_adapt.engine.fp8 import check_fp8
 from megatron_adapt.engine.kernels.dispatch import Implementation, choose_kernels
 from megatron_adapt.engine.kernels.linear_cross_entropy import Columns, linear_cross_entropy
 from megatron_adapt.engine.norm import RMSNorm
@@ -163,8 +164,9 @@ def build_chunks(
         One part, or under a virtual pipeline several, in the order of their layers.
 
     Raises:
-        EngineError: Transformer Engine was asked for and is not installed, or Triton's kernels do not run here.
+        EngineError: Transformer Engine, FP8 or Triton was asked for, and it or what it runs on is missing.
     """
+    check_fp8(layout)
     kernels = choose_kernels(layout.kernels)
     config = _make_config(shape, layout, bf16, kernels)
     num_chunks = layout.virtual_pipeline_model_parallel_size
@@ -285,6 +287,8 @@ def _make_config(shape: LlamaShape, layout: Layout, bf16: bool, kernels: Impleme
         context_parallel_size=layout.context_parallel_size,
         **_split_pipeline(layout),
         **_choose_recompute(layout),
+        fp8=None if layout.fp8 == "none" else layout.fp8,
+        fp8_recipe=layout.fp8_recipe,
         finalize_model_grads_func=finalize_model_grads,
         calculate_per_token_loss=True,
         # With it the engine builds the activation that the layer spec names (``swiglu``), whosever that is.

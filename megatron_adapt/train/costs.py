@@ -8,13 +8,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_adapt.config import TrainSettings
 from megatron_adapt.data.batches import Batches
 from megatron_adapt.train.flops import Device, count_flops, count_learning
-from megatron_adapt.train.memory import Job, RankMemory
+from megatron_adapt.train.memory import Job, RankMemory, count_moment_bytes
 
 _SECONDS_OF_A_DAY = 86400
-_BYTES_OF_STATE = 12
-"In a checkpoint, of a value that learns: fp32 master and two moments."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +100,7 @@ def count_costs(
     peak = 1e12 * (device.bf16_tflops if train.bf16 else device.fp32_tflops)
     parameters = sum(rank.parameters for rank in ranks)
     learning = count_learning(job.shape, job.padded_vocab_size, *learns)
-    checkpoint_bytes = parameters * (2 if train.bf16 else 4) + learning * _BYTES_OF_STATE
+    checkpoint_bytes = parameters * (2 if train.bf16 else 4) + learning * count_state_bytes(train)
     by_data, by_tied = count_gradient_traffic(job, max(rank.gradients for rank in ranks))
     return StageCosts(
         stage=stage.name,
@@ -134,6 +133,17 @@ def count_costs(
         sent_by_data=by_data,
         sent_by_tied=by_tied,
     )
+
+
+def count_state_bytes(train: TrainSettings) -> int:
+    """Count the bytes of a checkpoint for a value that learns: fp32 master and two moments.
+
+    The distributed optimizer writes all three in fp32, whatever it keeps; moments of bf16 come back exactly. Without it
+    each has its type, and weights in fp32 are their own masters.
+    """
+    if train.use_distributed_optimizer:
+        return 12
+    return (4 if train.bf16 else 0) + count_moment_bytes(train)
 
 
 def count_pipeline_traffic(job: Job) -> int:

@@ -6,7 +6,7 @@ the storages that are alive. What is counted and what is not:
 
 - weights, gradient buffers (fp32, padded for the distributed optimizer), fp32 master weights and their cut over the
   data-parallel ranks: those that the engine makes;
-- moments: two fp32 values per value that the optimizer of this rank steps; the engine makes them in the first step;
+- moments: two values, in their types, per value that the optimizer of this rank steps; it makes them in the first step;
 - activations: what lives between the forward and the backward pass of a micro-batch, times the micro-batches that a
   stage of the 1F1B schedule holds at once, ``min(P - p, micro-batches)``; under a virtual pipeline the parts of the
   model take turns, P micro-batches each (``list_in_flight``; Narayanan et al. 2021, arXiv 2104.04473);
@@ -36,7 +36,10 @@ from megatron_adapt.engine.trainable import freeze_rest, is_by_layer
 from megatron_adapt.shape import LlamaShape
 from megatron_adapt.train.optimizer import Trainer, build_trainer
 
-_BYTES_OF_MOMENTS = 8
+
+def count_moment_bytes(train: TrainSettings) -> int:
+    """Count the bytes that the optimizer keeps of a value between steps, beside its fp32 master."""
+    return sum(2 if dtype == "bf16" else 4 for dtype in (train.exp_avg_dtype, train.exp_avg_sq_dtype))
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -170,7 +173,7 @@ def measure_rank(job: Job, stage: int) -> RankMemory:
         LiveBytes() as live,
     ):
         trainer = _build_trainer(job)
-        sizes = [_BYTES_OF_MOMENTS * weight.numel() for weight in _list_steps(trainer)]
+        sizes = [count_moment_bytes(job.train) * weight.numel() for weight in _list_steps(trainer)]
         moments = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         static = live.live
         for model in trainer.models:  # makes what stays: buffers of the engine, tables of rotary embeddings

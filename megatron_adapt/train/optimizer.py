@@ -23,6 +23,8 @@ from megatron_adapt.engine.llama import LlamaModel
 from megatron_adapt.engine.trainable import FrozenRows, find_frozen_rows, is_by_layer
 from megatron_adapt.train.schedule import build_schedule
 
+_MOMENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class Trainer:
@@ -76,7 +78,7 @@ def build_trainer(
     if stage.trainable == "new_rows":
         assert new_ids is not None
         frozen_rows = tuple(rows for model in models for rows in find_frozen_rows(model, new_ids))
-    adam.install()
+    adam.install(_MOMENT_DTYPES[train.exp_avg_dtype], _MOMENT_DTYPES[train.exp_avg_sq_dtype])
     reshard.install()
     wrapped = _wrap(models, train)
     config = OptimizerConfig(

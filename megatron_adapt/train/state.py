@@ -40,7 +40,7 @@ from megatron_adapt.checkpoint.root import (
     write_description,
     write_latest,
 )
-from megatron_adapt.checkpoint.weights import name_chunks, weights_state_dict
+from megatron_adapt.checkpoint.weights import fill, name_chunks, weights_state_dict
 from megatron_adapt.data.batches import Batches
 from megatron_adapt.data.plan import BlendPosition, write_plan
 from megatron_adapt.engine import results
@@ -199,7 +199,7 @@ def load_trainer(folder: Path, trainer: Trainer) -> None:
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _data_parallel_group())
     loaded = dist_checkpointing.load(state, str(folder), strategy)
     for name, model in zip(name_chunks(trainer.bare_models), trainer.bare_models, strict=True):
-        model.load_state_dict(loaded[name])
+        fill(model, loaded[name])
     _load_optimizer(trainer.optimizer, loaded["optimizer"])
 
 

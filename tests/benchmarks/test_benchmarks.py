@@ -27,6 +27,7 @@ SIZES = {
     "loss_memory": ("--quick",),
     "train_cpu": ("--quick",),
     "startup": ("--quick",),
+    "stage1": ("--quick",),
 }
 KEYS = {
     "attention": {"positions", "threads", "cases"},
@@ -42,6 +43,7 @@ KEYS = {
     "loss_memory": {"tokens", "threads", "largest_differences", "cases"},
     "train_cpu": {"threads", "first_losses", "cases"},
     "startup": {"columns", "seconds", "time_ratio"},
+    "stage1": {"threads", "weights", "cases"},
 }  # fmt: skip
 CASE_KEYS = {
     "attention": {
@@ -59,6 +61,9 @@ CASE_KEYS = {
     "propagate": {"case", "seconds", "time_ratio", "extra_mib", "peak_mib"},
     "loss_memory": {"case", "num_columns", "seconds", "time_ratio", "extra_mib", "memory_ratio"},
     "train_cpu": {"case", "tokens_per_second", "time_ratio"},
+    "stage1": {
+        "case", "tokens_per_second", "time_ratio", "flops_ratio", "held_mib", "peak_mib", "planned_mib",
+    },
 }  # fmt: skip
 
 
@@ -94,6 +99,7 @@ def test_every_benchmark_is_tested():
         pytest.param("loss_memory", marks=pytest.mark.slow),
         pytest.param("train_cpu", marks=pytest.mark.slow),
         pytest.param("startup", marks=pytest.mark.slow),
+        pytest.param("stage1", marks=pytest.mark.slow),
     ],
 )
 def test_the_last_line_holds_the_figures(name):
@@ -107,6 +113,14 @@ def test_the_last_line_holds_the_figures(name):
     for case in figures.get("cases", []):
         assert set(case) == CASE_KEYS[name]
         assert 0 < case["time_ratio"]["low"] <= case["time_ratio"]["median"] <= case["time_ratio"]["high"]
+
+
+def test_a_frozen_body_of_another_loss_is_not_compared(monkeypatch):
+    stage1 = load("stage1", monkeypatch)
+    case = stage1.Case(stage1.make_shape(512, stage1.QUICK_SIZES), bf16=False)
+    stage1.check_equal(case, {"all": 2.0, "embeddings": 2.0})
+    with pytest.raises(stage1.EngineError, match=r"stage1: fp32: loss 2\.0, with a frozen body 2\.1; mend this first"):
+        stage1.check_equal(case, {"all": 2.0, "embeddings": 2.1})
 
 
 def test_a_missing_corpus_is_one_line_and_exit_code_2():

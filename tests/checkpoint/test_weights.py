@@ -12,7 +12,7 @@ from megatron_adapt.checkpoint.convert import convert_checkpoint
 from megatron_adapt.checkpoint.dist import DistReader
 from megatron_adapt.checkpoint.layout import list_rules
 from megatron_adapt.checkpoint.root import read_description
-from megatron_adapt.checkpoint.weights import load_weights, weights_state_dict
+from megatron_adapt.checkpoint.weights import fill, load_weights, weights_state_dict
 from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint, Layout
 from megatron_adapt.engine.llama import build_model
 from megatron_adapt.engine.parallel import start_engine
@@ -151,3 +151,26 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         model = _build(untied, Layout())
         with pytest.raises(CheckpointError, match=r"no tensor output_layer\.weight; this is the checkpoint of another"):
             load_weights([model], tied)
+
+
+class Quantised(torch.nn.Linear):
+    """A layer with a state beside its tensors, as those of Transformer Engine have it."""
+
+    def get_extra_state(self):
+        return torch.zeros(3)
+
+    def set_extra_state(self, state):
+        raise AssertionError("nothing was saved")
+
+
+def test_quantisation_states_that_were_not_saved_stay_what_they_are():
+    model = torch.nn.Sequential(Quantised(2, 2, bias=False))
+    assert "0._extra_state" in model.state_dict()
+    fill(model, {"0.weight": torch.eye(2)})
+    assert torch.equal(model[0].weight, torch.eye(2))
+
+
+@pytest.mark.parametrize("values", [{}, {"0.weight": torch.eye(2), "0.bias": torch.zeros(2)}], ids=["less", "more"])
+def test_a_model_is_filled_with_all_its_values_and_no_others(values):
+    with pytest.raises(AssertionError, match=r"0\.(weight|bias)"):
+        fill(torch.nn.Sequential(Quantised(2, 2, bias=False)), values)

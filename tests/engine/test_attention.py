@@ -2,14 +2,18 @@
 
 import math
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer.enums import AttnMaskType
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_adapt.config import Layout
+from megatron_adapt.engine import attention
 from megatron_adapt.engine.attention import SDPACoreAttention, pack_documents
 from megatron_adapt.engine.llama import build_model
 from megatron_adapt.engine.parallel import start_engine
@@ -34,10 +38,21 @@ def make_heads(num_groups):
 
 
 def attend(heads, packed=None):
-    attention = SDPACoreAttention(
-        SimpleNamespace(kv_channels=D, context_parallel_size=1), 1, AttnMaskType.causal, "self"
-    )
-    return attention(*heads, None, packed_seq_params=packed)
+    config = SimpleNamespace(kv_channels=heads[0].shape[-1], context_parallel_size=1)
+    core = SDPACoreAttention(config, 1, AttnMaskType.causal, "self")
+    return core(*heads, None, packed_seq_params=packed)
+
+
+class OperatorNames(TorchDispatchMode):
+    """Notes the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 6])
@@ -48,6 +63,7 @@ def test_attention_equals_the_formula(num_groups):
 
 
 @given(begins=st.sets(st.integers(1, B * T - 1)), num_groups=st.sampled_from([1, 2, 6]))
+@settings(deadline=None)
 def test_attention_inside_documents_equals_the_formula_with_a_mask(begins, num_groups):
     cu_seqlens = torch.tensor(sorted({0, T, B * T} | begins), dtype=torch.int32)
     document_BT = torch.searchsorted(cu_seqlens, torch.arange(B * T), right=True).view(B, T)
@@ -60,6 +76,96 @@ def test_attention_inside_documents_equals_the_formula_with_a_mask(begins, num_g
     gradients, wanted = (torch.autograd.grad(found, heads, weights) for found in (context, expected))
     for gradient, other in zip(gradients, wanted, strict=True):
         assert torch.allclose(gradient, other, atol=1e-5)
+
+
+def attend_as_documented(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    """What torch's documentation says of ``varlen_attn``, whose kernels are for GPUs alone."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (cu_seq_q[0], cu_seq_q[-1], window_size) == (0, len(query), (-1, 0))
+    assert max_q == max_k == cu_seq_q.diff().max()
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    parts = []
+    for start, stop in zip(cu_seq_q[:-1].tolist(), cu_seq_k[1:].tolist(), strict=True):
+        heads = (tokens[start:stop].transpose(0, 1)[None] for tokens in (query, key, value))
+        found = scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+        parts.append(found[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+@given(begins=st.sets(st.integers(1, B * T - 1)), num_groups=st.sampled_from([1, 2, 6]))
+@settings(deadline=None)
+def test_all_documents_at_once_equal_one_by_one(begins, num_groups):
+    """With the kernel that a GPU has replaced by what it is said to do."""
+    packed = pack_documents(torch.tensor(sorted({0, T, B * T} | begins)), T)
+    heads = make_heads(num_groups)
+    expected = attend(heads, packed)
+    with mock.patch.multiple(attention, varlen_attn=attend_as_documented, _takes_documents=lambda _: True):
+        context = attend(heads, packed)
+    assert context.shape == expected.shape
+    assert torch.equal(context, expected)
+    weights = torch.randn(T, B, N * D, generator=torch.Generator().manual_seed(1))
+    gradients, wanted = (torch.autograd.grad(found, heads, weights) for found in (context, expected))
+    for gradient, other in zip(gradients, wanted, strict=True):
+        assert torch.allclose(gradient, other, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("is_cuda", "dtype", "width", "takes"),
+    [
+        (True, torch.bfloat16, 128, True),
+        (True, torch.float16, 256, True),
+        (True, torch.float32, 128, False),
+        (True, torch.bfloat16, 12, False),
+        (True, torch.bfloat16, 264, False),
+        (False, torch.bfloat16, 128, False),
+    ],
+)
+def test_documents_go_to_one_call_where_flash_attention_takes_the_heads(is_cuda, dtype, width, takes):
+    query = SimpleNamespace(is_cuda=is_cuda, dtype=dtype, shape=(T, B, N, width))
+    assert attention._takes_documents(query) == takes
+    with mock.patch.object(attention, "_HAS_VARLEN", False):
+        assert not attention._takes_documents(query)
+
+
+@pytest.mark.skipif(not attention._HAS_VARLEN, reason="this torch has no varlen_attn that knows causal attention")
+@pytest.mark.parametrize("num_groups", [1, 2, 6])
+def test_the_operator_of_torch_takes_the_call_forward_and_backward(num_groups):
+    """On tensors without memory: it says what it takes and gives, and computes nothing."""
+    packed = pack_documents(torch.tensor([0, 4, T, B * T]), T)
+    packed.cu_seqlens_kv = packed.cu_seqlens_kv.to("meta")
+    sizes = [(T, B, number, D) for number in (N, num_groups, num_groups)]
+    heads = [torch.empty(size, dtype=torch.bfloat16, device="meta", requires_grad=True) for size in sizes]
+    with mock.patch.object(attention, "_takes_documents", return_value=True), OperatorNames() as names:
+        context = attend(heads, packed)
+        context.backward(torch.empty_like(context))
+    assert (context.shape, context.dtype) == ((T, B, N * D), torch.bfloat16)
+    assert [tensor.grad.shape for tensor in heads] == [tensor.shape for tensor in heads]
+    assert names.seen.count("torch_attn::_varlen_attn") == 1
+    assert names.seen.count("torch_attn::_varlen_attn_backward") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_groups", [1, 2, 6])
+def test_on_a_gpu_all_documents_at_once_are_as_near_to_fp64_as_one_by_one(num_groups):
+    packed = pack_documents(torch.tensor([0, 4, T, B * T]), T)
+    heads = [tensor.detach().to("cuda", torch.bfloat16).requires_grad_() for tensor in make_heads(num_groups)]
+    assert attention._takes_documents(heads[0])
+
+    def run(heads):
+        context = attend(heads, packed)
+        weights = torch.randn(T, B, N * D, generator=torch.Generator().manual_seed(1)).to(context)
+        return [context, *torch.autograd.grad(context, heads, weights)]
+
+    at_once = run(heads)
+    exact = run([tensor.detach().double().requires_grad_() for tensor in heads])
+    with mock.patch.object(attention, "_takes_documents", return_value=False):
+        one_by_one = run(heads)
+    for found, other, wanted in zip(at_once, one_by_one, exact, strict=True):
+        error, allowed = ((tensor.double() - wanted).abs().max() for tensor in (found, other))
+        assert error <= 2 * allowed + 1e-3
 
 
 # ---------------------------------------------------------------- the whole model

@@ -141,6 +141,8 @@ def test_finished_stage_is_not_trained_again(reference):
         (["--train.global-batch-size", "6", "--train.stages.0.tokens", "1152"], "global_batch_size"),
         (["--train.stages.0.trainable", "embeddings"], "trainable"),
         (["--train.bf16"], "bf16"),
+        (["--train.exp-avg-dtype", "bf16"], "exp_avg_dtype"),
+        (["--train.exp-avg-sq-dtype", "bf16"], "exp_avg_sq_dtype"),
         (["--train.reset-attention-mask"], "reset_attention_mask"),
         (["--train.eod-mask-loss"], "eod_mask_loss"),
         (["--train.no-use-distributed-optimizer"], "use_distributed_optimizer"),

@@ -109,6 +109,17 @@ def test_states_have_the_bytes_of_their_types():
     assert fp32.weights == 2 * alone.weights
 
 
+@pytest.mark.parametrize(
+    ("settings", "bytes_of_a_value"),
+    [({"exp_avg_dtype": "bf16"}, 10), ({"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}, 8)],
+)
+def test_moments_in_bf16_have_two_bytes_a_value(settings, bytes_of_a_value):
+    num_values = replace(SHAPE, vocab_size=PADDED).num_parameters
+    rank = measure_rank(make_job(**settings), 0)
+    assert rank.optimizer == bytes_of_a_value * num_values
+    assert rank.gradients == measure_rank(make_job(), 0).gradients
+
+
 @pytest.mark.parametrize("trainable", ["embeddings", "new_rows"])
 def test_a_frozen_body_has_no_gradients_and_stages_without_embeddings_none_at_all(trainable):
     first, middle, _, last = measure_stages(make_job(world_size=4, trainable=trainable, **split(1, 4)))
@@ -230,19 +241,24 @@ def test_tensor_parallel_ranks_send_what_the_rings_carry():
     assert rank.sent_by_tensor == expected + of_the_loss
 
 
-CASES = {"fp32-all": (False, "all"), "bf16-embeddings": (True, "embeddings")}
+NARROW = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+CASES = {
+    "fp32-all": ({"bf16": False}, "all"),
+    "bf16-embeddings": ({"bf16": True}, "embeddings"),
+    "bf16-moments": ({"bf16": True, **NARROW}, "all"),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_real_process_takes_what_was_planned(case):
     """With windows of 512 the process took 1.8 per cent more than planned, and 4.3 (train/README.md)."""
-    bf16, trainable = CASES[case]
+    types, trainable = CASES[case]
     shape = replace(
         SHAPE, num_layers=9, hidden_size=640, ffn_hidden_size=1728, num_attention_heads=10, num_query_groups=5,
         kv_channels=64, vocab_size=16000, max_position_embeddings=512,
     )  # fmt: skip
-    train = {"seq_length": 256, "micro_batch_size": 2, "global_batch_size": 4, "bf16": bf16}
+    train = {"seq_length": 256, "micro_batch_size": 2, "global_batch_size": 4, **types}
     job = make_job(shape, trainable=trainable, padded_vocab_size=16384, on_gpu=False, **train)
     (planned,) = measure_stages(job)
     asked = {"shape": shape.to_dict(), "padded_vocab_size": 16384, "train": train, "trainable": trainable}

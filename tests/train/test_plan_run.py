@@ -145,14 +145,18 @@ def test_added_blocks_are_planned_once_they_are_there(recipe_file, tmp_path):
     assert rows["learning"] == 2 * body // SHAPE.num_layers
 
 
-def test_a_checkpoint_is_as_large_as_planned(tmp_path):
+@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_checkpoint_is_as_large_as_planned(dtype, distributed, tmp_path):
     """A model of which the records of its files are a small part."""
+    types = ["--train.exp-avg-dtype", dtype] + ([] if distributed else ["--train.no-use-distributed-optimizer"])
     recipe_file = make_run(tmp_path, hidden_size=256, intermediate_size=768, num_hidden_layers=4)
-    train_stage(recipe_file, "first", "--train.stop-after-steps", "1")
+    train_stage(recipe_file, "first", "--train.stop-after-steps", "1", *types)
     (saved,) = (tmp_path / "run" / "checkpoints" / "first").glob("iter_*")
     num_bytes = sum(file.stat().st_size for file in saved.glob("*.distcp"))
     recipe = read_recipe(recipe_file)
-    recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, vocab_pad_multiple=128))
+    train = replace(recipe.train, exp_avg_dtype=dtype, use_distributed_optimizer=distributed)
+    recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, vocab_pad_multiple=128), train=train)
     write_byte_tokenizer(tmp_path / "run" / "tokenizer")
     costs, _ = plan_stage(recipe, PlanRun(world_size=1), recipe.train.stages[0], find_shape(recipe, None))
     assert costs.checkpoint_bytes == pytest.approx(num_bytes, rel=0.02)

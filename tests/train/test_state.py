@@ -29,13 +29,16 @@ PLAN = make_plan({"en": 1.0}, 64, {"en": 999}, seq_length=8, global_batch_size=4
 POSITION = BlendPosition(PLAN, (8,), {"en": "data"})
 
 
-def build_bucketed(seed):
+NARROW = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+
+
+def build_bucketed(seed, **settings):
     """A trainer whose gradient buffer has many buckets, as overlapped reduction makes them."""
     model = build_model(SHAPE, padded_vocab_size=90, layout=Layout(), seq_length=16, bf16=False)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-    train = TrainSettings(bf16=False, clip_grad=0.0, overlap_grad_reduce=True, ddp_bucket_size=2000)
+    train = TrainSettings(bf16=False, clip_grad=0.0, overlap_grad_reduce=True, ddp_bucket_size=2000, **settings)
     return build_trainer([model], train, STAGE, num_steps=10)
 
 
@@ -46,28 +49,47 @@ def step_with_known_gradients(trainer, step):
     trainer.optimizer.step()
 
 
-def largest_difference_after_resume(folder, *, mended):
+def largest_difference_after_resume(folder, *, mended, **settings):
     if not mended:
         reshard.install = lambda: None
+    expected = {torch.bfloat16 if settings.get("exp_avg_dtype") == "bf16" else torch.float32}
     with start_engine(Layout(), seed=1):
-        straight = build_bucketed(seed=5)
+        straight = build_bucketed(seed=5, **settings)
         buffer = straight.models[0].buffers[0]
         padded = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
-        assert sum(padding > 0 for padding in padded[:-1]) > 0, "no bucket before the last is padded: proves nothing"
+        is_padded = any(padded[:-1]) or not settings.get("use_distributed_optimizer", True)
+        assert is_padded, "no bucket before the last is padded: proves nothing"
         for step in (1, 2):
             step_with_known_gradients(straight, step)
         save_state(Path(folder), straight, DESCRIPTION, {}, POSITION)
-        resumed = build_bucketed(seed=6)
+        resumed = build_bucketed(seed=6, **settings)
         assert load_state(Path(folder), resumed, {}) == 2
         for trainer in (straight, resumed):
             for step in (3, 4):
                 step_with_known_gradients(trainer, step)
+            for moments in list_moments(trainer):
+                assert {moment.dtype for moment in moments.values()} == expected
         pairs = zip(straight.bare_models[0].parameters(), resumed.bare_models[0].parameters(), strict=True)
         return max(float((one - other).abs().max()) for one, other in pairs)
 
 
-def _resume(folder, mended):
-    return largest_difference_after_resume(folder, mended=mended)
+def list_moments(trainer):
+    (optimizer,) = trainer.optimizer.chained_optimizers
+    return list(optimizer.optimizer.state.values())
+
+
+def _resume(folder, mended, **settings):
+    return largest_difference_after_resume(folder, mended=mended, **settings)
+
+
+def _resume_narrow(folder, distributed):
+    return _resume(folder, True, use_distributed_optimizer=distributed, **NARROW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_ranks", "distributed"), [(1, True), (2, True), (3, True), (2, False)])
+def test_resume_with_moments_in_bf16_is_exact(num_ranks, distributed, tmp_path):
+    assert run_ranks(_resume_narrow, num_ranks, str(tmp_path), distributed) == [0.0] * num_ranks
 
 
 @pytest.mark.slow
