@@ -1,6 +1,7 @@
 """FP8 reaches megatron-core's config under its own names, or is refused with what is missing."""
 
 import typing
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,8 +72,13 @@ def test_none_asks_for_nothing(monkeypatch):
 @pytest.mark.parametrize("name", ["e4m3", "hybrid"])
 def test_the_settings_reach_the_config_of_the_engine(monkeypatch, name, recipe):
     made = []
+
+    def take_config(shape, config, *rest):
+        made.append(config)
+        return SimpleNamespace()
+
     monkeypatch.setattr(llama, "check_fp8", lambda layout: None)
-    monkeypatch.setattr(llama, "_build_chunk", lambda shape, config, *rest: made.append(config))
+    monkeypatch.setattr(llama, "_build_chunk", take_config)
     with start_engine(Layout(), seed=1):
         for layout in (make_layout(fp8=name, fp8_recipe=recipe), Layout()):
             llama.build_chunks(SHAPE, padded_vocab_size=128, layout=layout, seq_length=16, bf16=True)
