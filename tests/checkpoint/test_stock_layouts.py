@@ -24,7 +24,8 @@ from tests.helpers.tiny import write_llama
 def build_chunks(description, layout, num_chunks):
     """Build the chunks of this rank out of megatron-core alone."""
     shape = description.shape
-    config = _make_config(shape, layout, bf16=False)
+    # Without the activation that our layer spec names.
+    config = dataclasses.replace(_make_config(shape, layout, False, "torch"), use_te_activation_func=False)
     if num_chunks > 1:
         config = dataclasses.replace(config, virtual_pipeline_model_parallel_size=num_chunks)
         parallel_state.set_virtual_pipeline_model_parallel_world_size(num_chunks)
