@@ -30,10 +30,18 @@ def bases(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _keep_package_logger() -> Iterator[None]:
-    """Undo ``setup_logging``: its handler would hold on to the captured stderr of a test that has ended."""
-    logger = logging.getLogger("megatron_adapt")
-    handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
+def _reset_package_logger() -> Iterator[None]:
+    """Undo ``setup_logging``, of a test or of what a module shares.
+
+    Its handler would hold on to the captured stderr of a test that has ended, and pytest takes a record twice of a
+    logger that propagates again.
+    """
+    _reset_logger()
     yield
-    logger.handlers[:], logger.propagate = handlers, propagate
-    logger.setLevel(level)
+    _reset_logger()
+
+
+def _reset_logger() -> None:
+    logger = logging.getLogger("megatron_adapt")
+    logger.handlers[:], logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)

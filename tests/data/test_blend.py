@@ -228,7 +228,6 @@ def test_a_share_too_small_for_a_weight_gets_the_least_one():
 def test_missing_extension_is_logged_once_and_gives_the_same_order(monkeypatch, caplog):
     expected = _order([5, 3], 8).tolist()
     monkeypatch.setattr(blend, "_csrc", None)
-    monkeypatch.setattr(logging.getLogger("megatron_adapt"), "propagate", True)
     blend._warn_twin.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert _order([5, 3], 8).tolist() == _order([5, 3], 8).tolist() == expected
