@@ -122,6 +122,7 @@ def test_what_megatron_core_saved_becomes_the_model_it_came_from(tmp_path, metad
     assert (out / "tokenizer.json").read_bytes() == (hf / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_tensor_parallel_ranks_and_a_tied_head_are_merged(tmp_path):
     hf = write_llama(tmp_path / "hf_model", tie_word_embeddings=True)
     layout = Layout(tensor_model_parallel_size=2)

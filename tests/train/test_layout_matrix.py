@@ -1,7 +1,7 @@
 """Every layout gives the same losses and resumes exactly, whatever learns, with a tied head and without.
 
-The quick proof takes every layout with one choice of what learns; the slow one takes all of them, over 20 steps, and
-resumes with an untied head (the quick one also with a tied one).
+The first proof takes every layout with one choice of what learns, tied heads among them; the others take all choices,
+over 20 steps, and resume with an untied head.
 """
 
 from dataclasses import replace
@@ -185,6 +185,7 @@ def check_layouts(weights, layouts, world_size, choices, num_steps, folder, resu
         assert numbers[4] < numbers[0], "nothing is learned: proves less"
 
 
+@pytest.mark.slow
 def test_every_layout_of_two_ranks_gives_the_same_losses_and_resumes_exactly(weights, tmp_path):
     check_layouts(weights, LAYOUTS, 2, take_turns, 4, tmp_path, CHOICES)
 

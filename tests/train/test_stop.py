@@ -40,6 +40,7 @@ def list_exact(rows):
     ]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_the_step_and_the_same_call_goes_on_exactly(tmp_path):
     straight = make_run(tmp_path / "straight")
     stopped = copy_run(straight, tmp_path / "stopped")

@@ -279,6 +279,7 @@ def _compare_layouts():
     return found
 
 
+@pytest.mark.slow
 def test_losses_and_gradients_are_those_of_megatron_core_under_every_layout():
     for found in run_ranks(_compare_layouts, 2):
         assert len(found) == 2 * len(LAYOUTS)
