@@ -118,14 +118,10 @@ _LATER_DEFAULTS = {
     "lr_wsd_decay_style": "exponential",
     "lr_cooldown_fraction": 0.1,
     "lr_constant": 0.0,
-    "decoupled_lr": None,
     "decoupled_min_lr": None,
-    "rampup_batch_size": [],
-    "z_loss": 0.0,
-    "exp_avg_dtype": "fp32",
-    "exp_avg_sq_dtype": "fp32",
-    "fp8": "none",
-    "fp8_recipe": "tensorwise",
+    **_OLDER_DEFAULTS,
+    # Of which ``training.json`` says only whether there is one.
+    "decoupled_lr": None,
 }
 
 

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from megatron_adapt.engine.kernels.gpu.rows import as_rows
+
 _TILE = 2048
 "Values that a program holds at least, so that narrow rows share one; a power of 2."
 _NUM_SUMS = 256
@@ -31,7 +33,7 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
         """Return the rows normalised."""
-        hidden_RH = _as_rows(hidden)
+        hidden_RH = as_rows(hidden)
         num_rows, width = hidden_RH.shape
         normalised_RH = torch.empty_like(hidden_RH, memory_format=torch.contiguous_format)
         rstd_R = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
@@ -52,7 +54,7 @@ class RMSNormFunction(torch.autograd.Function):
         """Return the gradients that are asked for."""
         hidden, weight_H, rstd_R = ctx.saved_tensors
         of_hidden, of_weight, _ = ctx.needs_input_grad
-        hidden_RH, upstream_RH = _as_rows(hidden), _as_rows(upstream)
+        hidden_RH, upstream_RH = as_rows(hidden), as_rows(upstream)
         num_rows, width = hidden_RH.shape
         rows, columns, num_warps = _choose_tile(width)
         rows_per_program = triton.cdiv(max(triton.cdiv(num_rows, rows), 1), _NUM_SUMS) * rows
@@ -72,12 +74,6 @@ class RMSNormFunction(torch.autograd.Function):
             None if sums_PH is None else sums_PH.sum(0).to(weight_H.dtype),
             None,
         )
-
-
-def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """Return [.., H] as [R, H] with neighbours in a row; a copy only where strides ask for one."""
-    rows_RH = tensor.reshape(-1, tensor.shape[-1])
-    return rows_RH if rows_RH.stride(-1) == 1 else rows_RH.contiguous()
 
 
 def _choose_tile(width: int) -> tuple[int, int, int]:

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from megatron_adapt.engine.kernels.gpu.rows import as_rows
+
 _BLOCK = 1024
 "Columns of a program: 8 values of each tensor a thread, which is 16 bytes in bf16."
 
@@ -25,7 +27,7 @@ class SwiGLUFunction(torch.autograd.Function):
     def forward(ctx: Any, gate_and_up: torch.Tensor) -> torch.Tensor:
         """Return ``silu(gate) * up``."""
         ctx.save_for_backward(gate_and_up)
-        inputs_R2F = _as_rows(gate_and_up)
+        inputs_R2F = as_rows(gate_and_up)
         width = gate_and_up.shape[-1] // 2
         gated = gate_and_up.new_empty((*gate_and_up.shape[:-1], width))
         if gated.numel():
@@ -39,7 +41,7 @@ class SwiGLUFunction(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
         """Return the gradient of gate and up."""
         (gate_and_up,) = ctx.saved_tensors
-        inputs_R2F, upstream_RF = _as_rows(gate_and_up), _as_rows(upstream)
+        inputs_R2F, upstream_RF = as_rows(gate_and_up), as_rows(upstream)
         width = upstream.shape[-1]
         gradient = torch.empty_like(gate_and_up, memory_format=torch.contiguous_format)
         if gradient.numel():
@@ -50,15 +52,17 @@ class SwiGLUFunction(torch.autograd.Function):
         return gradient
 
 
-def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """Return [.., F] as [R, F] with neighbours in a row; a copy only where strides ask for one."""
-    rows_RF = tensor.reshape(-1, tensor.shape[-1])
-    return rows_RF if rows_RF.stride(-1) == 1 else rows_RF.contiguous()
-
-
 def _choose_block(width: int) -> int:
     """Return the columns of a program."""
     return min(_BLOCK, int(triton.next_power_of_2(width)))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load(places: tl.tensor, width: tl.tensor, mask: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    gate = tl.load(places, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(places + width, mask=mask, other=0.0).to(tl.float32)
+    # exp overflows to infinity for a gate far below 0, of which the sigmoid is 0 as it should be.
+    return gate, up, 1.0 / (1.0 + tl.exp(-gate))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -68,11 +72,7 @@ def _gate(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
-    places = inputs_ptr + row * inputs_stride + columns
-    gate = tl.load(places, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(places + width, mask=mask, other=0.0).to(tl.float32)
-    # exp overflows to infinity for a gate far below 0, of which the sigmoid is 0 as it should be.
-    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    gate, up, sigmoid = _load(inputs_ptr + row * inputs_stride + columns, width, mask)
     tl.store(gated_ptr + row * width + columns, (gate * sigmoid * up).to(gated_ptr.dtype.element_ty), mask=mask)
 
 
@@ -89,11 +89,8 @@ def _differentiate(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
-    places = inputs_ptr + row * inputs_stride + columns
-    gate = tl.load(places, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(places + width, mask=mask, other=0.0).to(tl.float32)
+    gate, up, sigmoid = _load(inputs_ptr + row * inputs_stride + columns, width, mask)
     upstream = tl.load(upstream_ptr + row * upstream_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     of_gate = upstream * up * (sigmoid * (1.0 + gate * (1.0 - sigmoid)))
     of_up = upstream * (gate * sigmoid)
     places = gradient_ptr + row * 2 * width + columns
