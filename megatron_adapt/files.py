@@ -53,14 +53,19 @@ def replace_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                sync_file(file)
-        if path.exists():
-            shutil.rmtree(path)
-        partial.replace(path)
+        put_in_place(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Flush a folder that is complete and rename it to ``path``, in place of a folder that is there."""
+    for file in partial.rglob("*"):
+        if file.is_file():
+            sync_file(file)
+    if path.exists():
+        shutil.rmtree(path)
+    partial.replace(path)
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:

@@ -17,11 +17,9 @@ import io
 import math
 import os
 import pickle
-import threading
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +29,7 @@ from megatron_adapt.checkpoint.index import Chunk, Index, StoredTensor, read_ind
 from megatron_adapt.checkpoint.layout import list_extra_states
 from megatron_adapt.checkpoint.root import METADATA_FILE
 from megatron_adapt.checkpoint.values import TensorSpec, gather_box, read_values, write_bytes, write_values
+from megatron_adapt.checkpoint.writer import TensorFilesWriter
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.files import write_json
 
@@ -49,33 +48,24 @@ class _Reserved(NamedTuple):
     spec: TensorSpec
 
 
-class DistWriter:
-    """Writes a ``torch_dist`` folder.
-
-    Use as a context manager; a normal exit checks that the values cover every tensor and writes the records.
-    """
+class DistWriter(TensorFilesWriter):
+    """Writes a ``torch_dist`` folder."""
 
     def __init__(self, folder: Path, specs: Mapping[str, TensorSpec], max_file_bytes: int | None = None) -> None:
         """Start in an existing folder; ``specs`` are the global tensors that the chunks will make up.
 
         A file that holds more than ``max_file_bytes`` (``MAX_FILE_BYTES``) is closed, and another one begun.
-
-        Files that are there already are written over and not emptied: what an earlier writer of the same chunks wrote
-        stays until it is written again.
         """
-        self._folder, self._max_file_bytes = folder, max_file_bytes or MAX_FILE_BYTES
+        super().__init__(folder, specs)
+        self._max_file_bytes = max_file_bytes or MAX_FILE_BYTES
         self._index = Index({key: StoredTensor(spec.shape, spec.dtype) for key, spec in specs.items()})
-        self._left = {key: math.prod(spec.shape) for key, spec in specs.items()}
         self._reserved: dict[tuple[str, tuple[int, ...]], _Reserved] = {}
-        self._lock = threading.Lock()
         self._common: dict[str, Any] = {}
-        self._files: dict[str, int] = {}
-        self._end = 0
         self._open_next()
 
     def _open_next(self) -> None:
         self._name = f"__0_{len(self._files)}.distcp"
-        self._files[self._name] = os.open(self._folder / self._name, os.O_CREAT | os.O_WRONLY, 0o644)
+        self._open(self._name)
         self._end = 0
 
     def _take(self, length: int) -> Place:
@@ -126,11 +116,6 @@ class DistWriter:
         write_values(reserved.descriptor, reserved.start + start * values.itemsize, values)
         self.count_written(key, values.numel())
 
-    def count_written(self, key: str, num_values: int) -> None:
-        """Count values of a tensor as written, also those that an earlier writer of this folder wrote."""
-        with self._lock:
-            self._left[key] -= num_values
-
     def write_object(self, key: str, value: Any) -> None:
         """Write a small picklable value, in the form of megatron-core's ``ShardedObject``."""
         raw = io.BytesIO()
@@ -156,23 +141,7 @@ class DistWriter:
             self.write_object(key, None)
         self.write_common({"iteration": 0, "checkpoint_version": CHECKPOINT_VERSION})
 
-    def sync(self) -> None:
-        """Wait until what was written so far is on disk."""
-        for descriptor in list(self._files.values()):
-            os.fdatasync(descriptor)
-
-    def __enter__(self) -> "DistWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        if kind is not None:
-            return
-        unfinished = [key for key, left in self._left.items() if left]
-        assert not unfinished, f"not written exactly once: {unfinished[:5]}"
+    def _finish(self) -> None:
         write_index(self._folder / METADATA_FILE, self._index)
         torch.save(self._common, self._folder / COMMON_FILE)
         backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}

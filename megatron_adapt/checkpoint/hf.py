@@ -9,12 +9,8 @@ Format: 8 bytes length, a JSON header ``{name: {dtype, shape, data_offsets}}``, 
 (https://github.com/huggingface/safetensors). Written here because the library's writer takes whole tensors only.
 """
 
-import math
-import os
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import orjson
@@ -29,6 +25,7 @@ from megatron_adapt.checkpoint.values import (
     write_bytes,
     write_values,
 )
+from megatron_adapt.checkpoint.writer import TensorFilesWriter
 from megatron_adapt.errors import CheckpointError, DataError
 from megatron_adapt.files import read_json, write_json
 from megatron_adapt.shape import LlamaShape, read_shape
@@ -231,37 +228,28 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     return entries
 
 
-class HFWriter:
-    """Writes the tensors of a Hugging Face folder in any order, whole or by rows.
-
-    Use as a context manager; a normal exit checks that every value was written and adds the index.
-    """
+class HFWriter(TensorFilesWriter):
+    """Writes the tensors of a Hugging Face folder in any order, whole or by rows."""
 
     def __init__(
         self, folder: Path, specs: Mapping[str, TensorSpec], *, max_shard_bytes: int = _MAX_SHARD_BYTES
     ) -> None:
         """Lay out the shards and write their headers.
 
-        Files that are there already are written over and not emptied: what an earlier writer of the same tensors
-        wrote stays until it is written again.
-
         Args:
             folder: existing folder.
             specs: every tensor that will be written; shards follow this order.
             max_shard_bytes: a shard is closed before it grows beyond this (one tensor always fits).
         """
-        self._folder = folder
+        super().__init__(folder, specs)
         self._specs = dict(specs)
-        self._left = {name: math.prod(spec.shape) for name, spec in specs.items()}
         self._entries: dict[str, _Entry] = {}
-        self._files: dict[Path, int] = {}
-        self._lock = threading.Lock()
         shards = _divide_shards(self._specs, max_shard_bytes)
         for number, names in enumerate(shards, start=1):
             one = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            self._start_shard(folder / one, names)
+            self._start_shard(one, names)
 
-    def _start_shard(self, path: Path, names: Sequence[str]) -> None:
+    def _start_shard(self, file_name: str, names: Sequence[str]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name in names:
@@ -274,11 +262,10 @@ class HFWriter:
             offset += spec.num_bytes
         raw = orjson.dumps(header)
         raw += b" " * (-len(raw) % 8)
-        self._files[path] = os.open(path, os.O_CREAT | os.O_WRONLY, 0o644)
-        write_bytes(self._files[path], 0, memoryview(len(raw).to_bytes(8, "little") + raw))
+        write_bytes(self._open(file_name), 0, memoryview(len(raw).to_bytes(8, "little") + raw))
         for name in names:
             start = 8 + len(raw) + header[name]["data_offsets"][0]
-            self._entries[name] = _Entry(path, start, self._specs[name])
+            self._entries[name] = _Entry(self._folder / file_name, start, self._specs[name])
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a whole tensor."""
@@ -295,18 +282,13 @@ class HFWriter:
     def _write(self, name: str, offset: int, values: torch.Tensor) -> None:
         entry = self._entries[name]
         assert values.dtype == entry.spec.dtype, (name, values.dtype, entry.spec)
-        write_values(self._files[entry.file], entry.start + offset, values)
+        write_values(self._files[entry.file.name], entry.start + offset, values)
         self.count_written(name, values.numel())
-
-    def count_written(self, name: str, num_values: int) -> None:
-        """Count values of a tensor as written, also those that an earlier writer of this folder wrote."""
-        with self._lock:
-            self._left[name] -= num_values
 
     def count_final_bytes(self) -> dict[Path, int]:
         """Return how many leading bytes of each file will not change any more."""
         final: dict[Path, int] = {}
-        complete = dict.fromkeys(self._files, True)
+        complete = dict.fromkeys((self._folder / name for name in self._files), True)
         with self._lock:
             for name, entry in self._entries.items():  # in the order of the files
                 complete[entry.file] &= not self._left[name]
@@ -314,23 +296,7 @@ class HFWriter:
                     final[entry.file] = entry.start + entry.spec.num_bytes
         return final
 
-    def sync(self) -> None:
-        """Wait until what was written so far is on disk."""
-        for descriptor in self._files.values():
-            os.fdatasync(descriptor)
-
-    def __enter__(self) -> "HFWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        if kind is not None:
-            return
-        unfinished = [name for name, left in self._left.items() if left]
-        assert not unfinished, f"not written exactly once: {unfinished[:5]}"
+    def _finish(self) -> None:
         if len(self._files) > 1:
             total = sum(spec.num_bytes for spec in self._specs.values())
             weight_map = {name: entry.file.name for name, entry in self._entries.items()}

@@ -21,7 +21,7 @@ from typing import Any
 import orjson
 
 from megatron_adapt.errors import AdaptError, CheckpointError, ConfigError
-from megatron_adapt.files import check_output, sync_file, to_plain
+from megatron_adapt.files import check_output, put_in_place, to_plain
 
 _logger = logging.getLogger(__name__)
 _RECORD = re.compile(rb"([0-9a-f]{32}) (\d{20})\n")
@@ -92,12 +92,7 @@ def continue_folder(path: Path, *, overwrite: bool, plan: str, num_bytes: int) -
                     file.unlink()
             yours.save(yours.done)
             yield yours
-            for file in partial.rglob("*"):
-                if file.is_file():
-                    sync_file(file)
-            if path.exists():
-                shutil.rmtree(path)
-            partial.replace(path)
+            put_in_place(partial, path)
         except AdaptError:
             shutil.rmtree(partial, ignore_errors=True)
             record.unlink(missing_ok=True)
