@@ -18,6 +18,17 @@ from megatron_adapt.tokenizer.pieces import split_merges
 _BATCH_WORDS = 1 << 14
 
 
+def count_uses(bare: Tokenizer, counts: Mapping[str, int]) -> Counter[int]:
+    """Count how often each id comes out; the arguments are those of ``count_builds``, of any algorithm."""
+    uses: Counter[int] = Counter()
+    words = iter(counts.items())
+    while batch := dict(islice(words, _BATCH_WORDS)):
+        for item, count in zip(bare.encode_batch_fast(list(batch)), batch.values(), strict=True):
+            for index in item.ids:
+                uses[index] += count
+    return uses
+
+
 def count_builds(bare: Tokenizer, counts: Mapping[str, int]) -> Counter[str]:
     """Count the pieces that a tokenizer builds from words.
 
@@ -28,17 +39,11 @@ def count_builds(bare: Tokenizer, counts: Mapping[str, int]) -> Counter[str]:
     Returns:
         Frequency of every piece built: single characters first, then in the order of the merges.
     """
-    uses: Counter[int] = Counter()
-    words = iter(counts.items())
-    while batch := dict(islice(words, _BATCH_WORDS)):
-        for item, count in zip(bare.encode_batch_fast(list(batch)), batch.values(), strict=True):
-            for index in item.ids:
-                uses[index] += count
     ranks: dict[tuple[str, str], int] = {}
     for pair in split_merges(orjson.loads(bare.to_str())["model"]["merges"]):
         ranks.setdefault(pair, len(ranks))
     builds: Counter[str] = Counter()
-    for index, count in uses.items():
+    for index, count in count_uses(bare, counts).items():
         token = bare.id_to_token(index)
         for piece in _list_built(token, ranks) if token else ():
             builds[piece] += count

@@ -9,9 +9,10 @@ Costs: about 10 s for 8,000 pieces on 10 MB.
 
 import io
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import sentencepiece
@@ -19,7 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from megatron_adapt.errors import DataError
 from megatron_adapt.files import write_json
-from megatron_adapt.tokenizer.model_proto import convert_model, read_model
+from megatron_adapt.tokenizer.model_proto import PieceModel, convert_model, read_model
 from megatron_adapt.tokenizer.pieces import CONFIG_FILE, JSON_FILE, MODEL_FILE, Kind
 
 # Llama 3 release, llama/tokenizer.py.
@@ -28,6 +29,7 @@ SPLIT_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _BYTE_LEVEL_SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>")
+_NUM_META = 256 + 3  # bytes, <unk>, <s> and </s> of a SentencePiece model
 _MIN_FREQUENCY = 2
 _MAX_LINE_BYTES = 1 << 14  # the trainer leaves out longer lines
 _logger = logging.getLogger(__name__)
@@ -136,3 +138,28 @@ def train_sentencepiece(lines: Iterable[str], vocab_size: int, **changes: Any) -
     except (RuntimeError, OSError) as error:
         raise DataError(_too_few(vocab_size, str(error).rpartition("] ")[2] or str(error))) from None
     return written.getvalue()
+
+
+def train_on_words(counts: Mapping[str, int], num_pieces: int, **changes: Any) -> PieceModel:
+    """Train a SentencePiece model on words with their frequency, spelled with their own U+2581.
+
+    Args:
+        counts: words with their frequency.
+        num_pieces: pieces beside bytes and special tokens; the words may give fewer.
+        changes: other settings of the trainer, by its own names.
+
+    Raises:
+        DataError: the trainer refuses its settings.
+    """
+    content = train_sentencepiece(
+        (f"{word}\t{count}" for word, count in counts.items()),
+        num_pieces + _NUM_META,
+        input_format="tsv",
+        add_dummy_prefix=False,
+        hard_vocab_limit=False,
+        **changes,
+    )
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / MODEL_FILE
+        path.write_bytes(content)
+        return read_model(path)

@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from tokenizers import Tokenizer, models, trainers
 
@@ -32,14 +31,13 @@ from megatron_adapt.tokenizer.append import write_extended
 from megatron_adapt.tokenizer.complete import Choice, append_complete
 from megatron_adapt.tokenizer.filters import MAX_PIECE_CHARACTERS, make_filter
 from megatron_adapt.tokenizer.frequency import count_builds
-from megatron_adapt.tokenizer.learn import train_sentencepiece
+from megatron_adapt.tokenizer.learn import train_on_words
 from megatron_adapt.tokenizer.made import Made, count_pieces, refuse_empty, warn_few
-from megatron_adapt.tokenizer.model_proto import NORMAL, list_by_score, list_merges, read_model
+from megatron_adapt.tokenizer.model_proto import NORMAL, list_by_score, list_merges
 from megatron_adapt.tokenizer.pieces import MODEL_FILE, Kind, LoadedTokenizer, byte_letters, from_letters
 from megatron_adapt.tokenizer.words import count_words
 
 _SURPLUS = 1.25
-_NUM_META = 256 + 3  # bytes, <unk>, <s> and </s> of a SentencePiece model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,18 +124,7 @@ def learn_alone(kind: Kind, counts: Mapping[str, int], num_pieces: int, min_freq
 
 
 def _learn_sentencepiece(counts: Mapping[str, int], num_pieces: int) -> tuple[Tokenizer, dict[str, float]]:
-    # The words carry their U+2581 themselves.
-    content = train_sentencepiece(
-        (f"{word}\t{count}" for word, count in counts.items()),
-        num_pieces + _NUM_META,
-        input_format="tsv",
-        add_dummy_prefix=False,
-        hard_vocab_limit=False,
-    )
-    with TemporaryDirectory() as scratch:
-        path = Path(scratch) / MODEL_FILE
-        path.write_bytes(content)
-        model = read_model(path)
+    model = train_on_words(counts, num_pieces)
     ids = {piece.text: index for index, piece in enumerate(model.pieces)}
     order = list_by_score(model)
     merges = list_merges(order, {text: ids[text] for text in order})

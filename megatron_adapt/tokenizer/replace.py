@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from string import ascii_letters, digits, punctuation
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import regex
@@ -32,18 +31,17 @@ from megatron_adapt.logs import show_progress
 from megatron_adapt.tokenizer.accept import make_acceptance
 from megatron_adapt.tokenizer.cut import write_breaks
 from megatron_adapt.tokenizer.filters import PieceFilter, make_filter
-from megatron_adapt.tokenizer.learn import train_sentencepiece
+from megatron_adapt.tokenizer.learn import train_on_words
 from megatron_adapt.tokenizer.made import Made, count_pieces, refuse_empty, warn_few
 from megatron_adapt.tokenizer.merge import learn_alone
 from megatron_adapt.tokenizer.mix import read_mix
-from megatron_adapt.tokenizer.model_proto import NORMAL, PieceModel, read_model
-from megatron_adapt.tokenizer.pieces import MODEL_FILE, SPACE, LoadedTokenizer, piece_bytes, to_letters
+from megatron_adapt.tokenizer.model_proto import NORMAL, PieceModel
+from megatron_adapt.tokenizer.pieces import SPACE, LoadedTokenizer, piece_bytes, to_letters
 from megatron_adapt.tokenizer.segment import make_segmenter
 from megatron_adapt.tokenizer.vocabulary import Vocabulary
 from megatron_adapt.tokenizer.words import CountedWords, Reading, count_words
 
 _SURPLUS = 1.05
-_NUM_META = 256 + 3  # bytes, <unk>, <s> and </s> of a SentencePiece model
 _MAX_CHARACTERS = 4096  # of a word; the trainer leaves out longer lines
 _STEPS = 16  # of a Unigram score
 _WORD = regex.compile(rf"{SPACE}*[^{SPACE}\p{{Cc}}\p{{Zl}}\p{{Zp}}]{{1,{_MAX_CHARACTERS}}}|{SPACE}+")
@@ -152,25 +150,13 @@ def learn_scores(
         # tokenizers takes <0x41> for text: spelled in characters, it must be worth more than as a piece.
         settings["required_chars"] = ascii_letters + digits + punctuation
     try:
-        content = train_sentencepiece(
-            (f"{word}\t{count}" for word, count in counts.items()),
-            num_pieces + _NUM_META,
-            input_format="tsv",
-            # The words carry their U+2581 themselves.
-            add_dummy_prefix=False,
-            hard_vocab_limit=False,
-            **settings,
-        )
+        model = train_on_words(counts, num_pieces, **settings)
     except DataError as error:
         if "required_chars" not in str(error):
             raise
         raise ConfigError(
             f"tokenizer.size: {num_pieces} pieces are fewer than the characters of the corpora ({error}); ask for more"
         ) from None
-    with TemporaryDirectory() as scratch:
-        path = Path(scratch) / MODEL_FILE
-        path.write_bytes(content)
-        model = read_model(path)
     learned = {piece.text: piece.score for piece in model.pieces if piece.kind == NORMAL}
     if model_type == "unigram":
         learned = {piece: round(score * _STEPS) / _STEPS for piece, score in learned.items()}

@@ -7,7 +7,6 @@ learned, the other fixed tokens. BPE merges are all splits of every piece, in th
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import orjson
 from tokenizers import Tokenizer, models
 
 from megatron_adapt.errors import DataError
-from megatron_adapt.tokenizer.frequency import count_builds
+from megatron_adapt.tokenizer.frequency import count_builds, count_uses
 from megatron_adapt.tokenizer.model_proto import (
     BYTE,
     CONTROL,
@@ -40,7 +39,6 @@ from megatron_adapt.tokenizer.pieces import (
 )
 from megatron_adapt.tokenizer.renumber import list_fixed, write_renumbered
 
-_BATCH_WORDS = 1 << 14
 # Pieces of the base may be taken whatever the filters say. Plain byte-level BPE builds characters from any of their
 # parts, also where a beginning would do.
 _NOT_REFUSED = (None, "old piece", "part of a character")
@@ -189,10 +187,4 @@ def _count_uses(bare: Tokenizer, counts: Mapping[str, int]) -> Counter[str]:
     """Count how often BPE builds each piece, parts of others included, or a Unigram chooses it."""
     if isinstance(bare.model, models.BPE):
         return count_builds(bare, counts)
-    uses: Counter[int] = Counter()
-    words = iter(counts.items())
-    while batch := dict(islice(words, _BATCH_WORDS)):
-        for item, count in zip(bare.encode_batch_fast(list(batch)), batch.values(), strict=True):
-            for index in item.ids:
-                uses[index] += count
-    return Counter({bare.id_to_token(index) or "": count for index, count in uses.items()})
+    return Counter({bare.id_to_token(index) or "": count for index, count in count_uses(bare, counts).items()})
