@@ -237,7 +237,7 @@ def test_tensor_parallel_ranks_send_what_the_rings_carry():
     rank = measure_rank(make_job(world_size=2, **split(2, 1, sequence_parallel=False)), 0)
     hidden = 2 * 256 * SHAPE.hidden_size
     expected = (4 * SHAPE.num_layers + 2) * hidden
-    of_the_loss = 2 * 4 * 256  # sum of exponentials and target logit, gathered once
+    of_the_loss = 2 * 8 * 256  # sum of exponentials and target logit in fp64, gathered once
     assert rank.sent_by_tensor == expected + of_the_loss
 
 

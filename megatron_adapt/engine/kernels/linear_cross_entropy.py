@@ -5,14 +5,16 @@ what comes after the logits, and keeps an fp32 softmax of all tokens until the b
 a time goes all the way:
 
 1. logits of the chunk, over the columns of this tensor-parallel rank; columns that pad the vocabulary are not computed;
-2. ``normalise``: the logarithm of the sum of exponentials of each row, in fp32;
+2. ``normalise``: the logarithm of the sum of exponentials of each row, summed in fp32;
 3. ``_combine``: over the tensor-parallel ranks, one all-gather of two numbers a token;
 4. ``differentiate``: the gradient with respect to the logits, in their place;
 5. ``_Gradients.add``: from it that with respect to hidden states and weight, at once.
 
-Steps 2 and 4, what lies between the matrix products, have two implementations; all else is shared. ``_TorchSoftmax``
-makes the softmax in place, below fp32 in an fp32 copy of the chunk. ``_TritonSoftmax`` reads the chunk once in either
-step and keeps three numbers a token. fp64 goes the torch way: it is for tests, and no GPU is fast at it.
+Where so few tokens fit into a chunk that products get slow, it has many tokens and some of the columns
+(``_choose_chunk``): steps 1 and 2 go through all columns, and 4 and 5 again, with the logits computed anew. That is a
+fourth product beside three.
+
+Steps 2 and 4, what lies between the matrix products, have two implementations (``softmax``); all else is shared.
 
 The backward pass scales what the forward pass left. That is right where all tokens that bear loss have the same
 upstream gradient, as they have in a mean or a sum; ``loss_mask`` names the others, which then cost nothing. For any
@@ -21,14 +23,13 @@ other upstream gradient the weight gradient is computed anew: never wrong, but 3
 z-loss (Chowdhery et al. 2022, arXiv 2204.02311, section 5) keeps the logarithm of the sum of exponentials near 0. It
 is a second result, so that the loss stays what it is; the forward pass computes the gradient of the sum of both.
 
-The alternative, to keep nothing and compute logits again in the backward pass, has 4 matrix products instead of 3. In
-sketches on one CPU thread (2048 tokens, 32k columns of 512, fastest of four rounds) it took 1.03 times what the
-engine's way takes in fp32 and 0.62 times in bf16, gradients in the forward pass 0.82 and 0.72: where products are as
-slow as in fp32 the fourth one is not paid for.
+Measured on two CPU threads in fp32, against the engine's three products of full size (``benchmarks/loss_memory.py``):
+131,072 columns took 1.5 times as long with all of them for 56 tokens at a time, since each chunk reads the whole weight
+and passes its gradient twice; with some columns for 2048 tokens, and the fourth product, 1.18 times.
 
 Guarantees: sums and gradients of the weight are accumulated in fp32; what needs no gradient (a frozen head, a frozen
 body, validation) is not computed.
-Memory beyond the gradients: a chunk of logits (``_count_rows``), below fp32 the fp32 sum of the weight gradient and in
+Memory beyond the gradients: a chunk of logits (``_choose_chunk``), below fp32 the fp32 sum of the weight gradient and in
 torch an fp32 copy of the chunk.
 
 Gradients in the forward pass: Liger Kernel (Hsu et al. 2024, arXiv 2410.10989). Shapes: N tokens, H hidden, V columns
@@ -43,13 +44,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_adapt.engine.kernels.dispatch import Implementation
+from megatron_adapt.engine.kernels.softmax import make_softmax
 
 _CHUNK_VALUES = {"cpu": 7 << 20, "cuda": 64 << 20}
 "Logits in a chunk. On a CPU few enough for its last-level cache; for a GPU enough to fill it, which was not measured."
-_MIN_ROWS = 56
-"Each chunk reads and writes the whole weight gradient, which fewer tokens do not pay for."
-_COLUMN_BLOCK = 4096
-"Columns of the weight gradient that are added in one step below fp32."
+_MIN_ROWS = 112
+"Fewer tokens do not pay for what a chunk reads and writes."
+_TALL_ROWS = 2048
+"Tokens of a chunk that does not have all columns: measured on a CPU, with a quarter of the values."
+_COLUMN_BLOCK = 2048
+"Columns of one product: of the logits on a CPU, and of the weight gradient where it is added to a wider sum."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,18 +174,22 @@ def _go_through(
     """Return losses, z-losses, and the gradients of the sum of all, or of one weighted by ``upstream``, [N] each."""
     columns, z_loss = task.columns, task.z_loss
     exact = torch.promote_types(hidden_NH.dtype, torch.float32)
-    rows = _count_rows(columns.num_true, hidden_NH.device.type, hidden_NH.dtype)
+    # By the rows of the weight, padding included: ranks of a group must go through the same chunks of tokens.
+    rows, width = _choose_chunk(len(weight_VH), hidden_NH.device.type, hidden_NH.dtype)
+    blocks = [slice(at, min(at + width, columns.num_true)) for at in range(0, max(columns.num_true, 1), width)]
     true_VH = weight_VH[: columns.num_true]
     loss_N = torch.empty(len(hidden_NH), dtype=exact, device=hidden_NH.device)
     z_loss_N = torch.zeros_like(loss_N)
-    gradients = _Gradients(hidden_NH, weight_VH, task, exact)
-    implement = _TritonSoftmax if task.kernels == "triton" and exact == torch.float32 else _TorchSoftmax
-    softmax = implement(hidden_NH, min(rows, len(hidden_NH)), columns.num_true, exact)
+    gradients = _Gradients(hidden_NH, weight_VH, task, exact, is_whole=len(blocks) == 1)
+    softmax = make_softmax(task.kernels, hidden_NH, min(rows, len(hidden_NH)), min(width, columns.num_true))
     for start in range(0, len(hidden_NH), rows):
         part = slice(start, start + rows)
         own_N = labels_N[part] - columns.first
-        chunk_NV = torch.mm(hidden_NH[part], true_VH.t(), out=softmax.logits_NV[: len(own_N)])
-        target_N, own_log_sum_N = softmax.normalise(chunk_NV, own_N)
+        found = []
+        for block in blocks:
+            chunk_NV = _multiply(hidden_NH[part], true_VH[block], softmax.logits_NV)
+            found.append(softmax.normalise(chunk_NV, own_N - block.start))
+        target_N, own_log_sum_N = _merge(found)
         log_sum_N, target_N = _combine(own_log_sum_N, target_N, columns.group)
         loss_N[part] = log_sum_N - target_N
         if z_loss:
@@ -190,104 +198,47 @@ def _go_through(
             continue
         # d loss / d logit = share - [is the target], d z-loss / d logit = 2 z_loss log_sum share
         of_loss_N, of_z_loss_N = (
-            (each_N[part] for each_N in upstream) if upstream else (torch.ones_like(log_sum_N),) * 2
+            (each_N[part] for each_N in upstream) if upstream else (torch.ones_like(loss_N[part]),) * 2
         )
         factor_N = None
         if columns.group is not None or z_loss or upstream is not None:
             factor_N = (own_log_sum_N - log_sum_N).exp() * (of_loss_N + 2 * z_loss * log_sum_N * of_z_loss_N)
-        gradients.add(part, softmax.differentiate(chunk_NV, factor_N, of_loss_N))
+            factor_N = factor_N.to(exact)
+        for block in blocks:
+            if len(blocks) > 1:
+                chunk_NV = _multiply(hidden_NH[part], true_VH[block], softmax.logits_NV)
+                softmax.resume(chunk_NV, own_N - block.start, own_log_sum_N)
+            gradients.add(part, block, softmax.differentiate(chunk_NV, factor_N, of_loss_N))
     return loss_N, z_loss_N, gradients.finish()
 
 
-def _count_rows(num_columns: int, device: str, dtype: torch.dtype) -> int:
-    """Return the tokens of a chunk: on a CPU at 32k columns 224, below fp32 896."""
-    rows = max(_MIN_ROWS, _CHUNK_VALUES[device] // max(num_columns, 1))
+def _choose_chunk(num_columns: int, device: str, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the tokens and columns of a chunk: on a CPU in fp32 224 by 32,768, or of 131,072 columns 2048 by 896."""
     # Below fp32 products cost less, and adding to the fp32 weight gradient more.
-    return rows if dtype.itemsize >= 4 else 4 * rows
+    values = _CHUNK_VALUES[device] * (1 if dtype.itemsize >= 4 else 4)
+    rows = max(1, values // max(num_columns, 1))
+    if rows >= _MIN_ROWS:
+        return rows, max(num_columns, 1)
+    return _TALL_ROWS, max(1, values // (4 * _TALL_ROWS))
 
 
-class _TorchSoftmax:
-    """What happens to a chunk of logits between the products, in torch: their softmax in place, then its gradient."""
-
-    def __init__(self, hidden_NH: torch.Tensor, rows: int, num_columns: int, exact: torch.dtype) -> None:
-        """Make room for a chunk of so many rows and columns."""
-        self.logits_NV = hidden_NH.new_empty(rows, num_columns)
-        # Made once: a new one would be alive beside the one before.
-        is_exact = hidden_NH.dtype == exact
-        self._exact_NV = self.logits_NV if is_exact else torch.empty_like(self.logits_NV, dtype=exact)
-
-    def normalise(self, chunk_NV: torch.Tensor, own_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read the logits of a chunk, the first rows of ``logits_NV``.
-
-        Args:
-            chunk_NV: logits.
-            own_N: column of the target, outside of V where another rank has it.
-
-        Returns:
-            [N] logit of the target, 0 where another rank has it, and [N] logarithm of the sum of exponentials over
-            the columns of this rank.
-        """
-        self._is_own_N = (own_N >= 0) & (own_N < chunk_NV.shape[1])
-        self._own_N1 = own_N.where(self._is_own_N, 0)[:, None]
-        is_exact = chunk_NV.dtype == self._exact_NV.dtype
-        shares_NV = self._shares_NV = chunk_NV if is_exact else self._exact_NV[: len(own_N)].copy_(chunk_NV)
-        if not shares_NV.shape[1]:
-            return torch.zeros_like(shares_NV[:, :1].sum(1)), shares_NV.new_full((len(own_N),), -torch.inf)
-        target_N = shares_NV.gather(1, self._own_N1)[:, 0] * self._is_own_N
-        highest_N1, place_N1 = shares_NV.max(1, keepdim=True)
-        # Row by row and value by value, so input and output may be one.
-        torch.softmax(shares_NV, 1, out=shares_NV)
-        # The share of the highest logit is 1 / sum exp(logit - highest).
-        log_sum_N = (highest_N1 - shares_NV.gather(1, place_N1).log())[:, 0]
-        return target_N, log_sum_N
-
-    def differentiate(
-        self, chunk_NV: torch.Tensor, factor_N: torch.Tensor | None, scale_N: torch.Tensor
-    ) -> torch.Tensor:
-        """Turn the chunk that was read last into gradients, in its memory and type.
-
-        Args:
-            chunk_NV: what ``normalise`` was given.
-            factor_N: what the share of a column is multiplied by; None for 1.
-            scale_N: what is taken off at the target.
-
-        Returns:
-            [N, V].
-        """
-        shares_NV = self._shares_NV
-        if factor_N is not None:
-            shares_NV.mul_(factor_N[:, None])
-        if shares_NV.shape[1]:
-            shares_NV.scatter_add_(1, self._own_N1, -(scale_N * self._is_own_N)[:, None])
-        return shares_NV if chunk_NV.dtype == shares_NV.dtype else chunk_NV.copy_(shares_NV)
+def _multiply(hidden_NH: torch.Tensor, weight_VH: torch.Tensor, room_NV: torch.Tensor) -> torch.Tensor:
+    """Return logits in the room that there is for them."""
+    chunk_NV = room_NV[: len(hidden_NH), : len(weight_VH)]
+    # A CPU computes many columns of few tokens at half the speed of a few columns.
+    step = _COLUMN_BLOCK if hidden_NH.device.type == "cpu" else max(len(weight_VH), 1)
+    for first in range(0, len(weight_VH), step):
+        block = slice(first, first + step)
+        torch.mm(hidden_NH, weight_VH[block].t(), out=chunk_NV[:, block])
+    return chunk_NV
 
 
-class _TritonSoftmax:
-    """The same in two kernels, which read the logits in their own type; no fp64."""
-
-    def __init__(self, hidden_NH: torch.Tensor, rows: int, num_columns: int, exact: torch.dtype) -> None:
-        """Make room for a chunk of so many rows and columns, with a gap behind rows of odd length."""
-        from megatron_adapt.engine.kernels.gpu import linear_cross_entropy as gpu
-
-        assert exact == torch.float32
-        self._gpu = gpu
-        stride = -(-num_columns // gpu.ROW_MULTIPLE) * gpu.ROW_MULTIPLE
-        self.logits_NV = hidden_NH.new_empty(rows, stride)[:, :num_columns]
-
-    def normalise(self, chunk_NV: torch.Tensor, own_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read the logits of a chunk, as ``_TorchSoftmax.normalise``."""
-        self._own_N = own_N
-        self._highest_N, self._sum_N, target_N = self._gpu.normalise(chunk_NV, own_N)
-        return target_N, self._highest_N + self._sum_N.log()
-
-    def differentiate(
-        self, chunk_NV: torch.Tensor, factor_N: torch.Tensor | None, scale_N: torch.Tensor
-    ) -> torch.Tensor:
-        """Turn the chunk that was read last into gradients, as ``_TorchSoftmax.differentiate``."""
-        # A share is exp(logit - highest) / sum: what log_sum is rounded by does not enter its exponent.
-        factor_N = self._sum_N.reciprocal() if factor_N is None else factor_N / self._sum_N
-        self._gpu.differentiate(chunk_NV, self._own_N, self._highest_N, factor_N, scale_N)
-        return chunk_NV
+def _merge(found: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what ``normalise`` returns over the columns of all blocks."""
+    if len(found) == 1:
+        return found[0]
+    targets, log_sums = zip(*found, strict=True)
+    return torch.stack(targets).sum(0), torch.stack(log_sums).logsumexp(0)
 
 
 def _combine(
@@ -296,7 +247,7 @@ def _combine(
     """Return logarithm of the sum of exponentials and logit of the target over the whole vocabulary."""
     if group is None:
         return own_log_sum_N, target_N
-    own = torch.cat([own_log_sum_N, target_N])
+    own = torch.cat([own_log_sum_N, target_N.double()])
     gathered = own.new_empty(group.size() * len(own))
     dist.all_gather_into_tensor(gathered, own, group=group)
     log_sums_RN, targets_RN = gathered.view(group.size(), 2, -1).unbind(1)
@@ -307,40 +258,50 @@ class _Gradients:
     """Gradients that grow chunk by chunk."""
 
     def __init__(
-        self,
-        hidden_NH: torch.Tensor,
-        weight_VH: torch.Tensor,
-        task: _Task,
-        exact: torch.dtype,
+        self, hidden_NH: torch.Tensor, weight_VH: torch.Tensor, task: _Task, exact: torch.dtype, *, is_whole: bool
     ) -> None:
+        """Make room for what is asked for; ``is_whole`` says that a chunk has all columns."""
         self._hidden_NH, self._weight_VH = hidden_NH, weight_VH
         self._true_VH = weight_VH[: task.columns.num_true]
-        self._of_hidden_NH = torch.empty_like(hidden_NH) if task.of_hidden else None
-        self._of_weight_VH = torch.zeros_like(weight_VH, dtype=exact) if task.of_weight else None
+        self._is_whole = is_whole
+        self._of_hidden_NH = self._of_weight_VH = None
+        if task.of_hidden:
+            self._of_hidden_NH = torch.zeros_like(hidden_NH, dtype=hidden_NH.dtype if is_whole else exact)
+        if task.of_weight:
+            self._of_weight_VH = torch.zeros_like(weight_VH, dtype=exact)
 
-    def add(self, part: slice, of_logits_NV: torch.Tensor) -> None:
-        """Add what a chunk of tokens gives."""
-        if self._of_hidden_NH is not None:
+    def add(self, part: slice, block: slice, of_logits_NV: torch.Tensor) -> None:
+        """Add what a chunk gives: some tokens, and a block of columns."""
+        if self._of_hidden_NH is not None and self._is_whole:
             torch.mm(of_logits_NV, self._true_VH, out=self._of_hidden_NH[part])
-        sums_VH, hidden_NH = self._of_weight_VH, self._hidden_NH[part]
-        if sums_VH is None:
+        elif self._of_hidden_NH is not None:
+            _add_product(self._of_hidden_NH[part], of_logits_NV, self._true_VH[block])
+        if self._of_weight_VH is None:
             return
-        if sums_VH.dtype == hidden_NH.dtype:
-            sums_VH = sums_VH[: len(self._true_VH)]
-            torch.addmm(sums_VH, of_logits_NV.t(), hidden_NH, out=sums_VH)
-            return
-        for first in range(0, len(self._true_VH), _COLUMN_BLOCK):
-            block_NV = of_logits_NV[:, first : first + _COLUMN_BLOCK]
-            sums_VH[first : first + block_NV.shape[1]] += block_NV.t() @ hidden_NH
+        # By columns, below fp32: the product that is added has the size of the sum.
+        step = len(self._true_VH) if self._of_weight_VH.dtype == of_logits_NV.dtype else _COLUMN_BLOCK
+        for first in range(block.start, block.stop, max(step, 1)):
+            columns = slice(first, min(first + step, block.stop))
+            of_columns_NV = of_logits_NV[:, first - block.start : columns.stop - block.start]
+            _add_product(self._of_weight_VH[columns], of_columns_NV.t(), self._hidden_NH[part])
 
     def finish(self) -> list[torch.Tensor | None]:
         """Return the gradients of hidden states and weight, in their types."""
+        of_hidden_NH = None if self._of_hidden_NH is None else self._of_hidden_NH.to(self._hidden_NH.dtype)
         sums_VH, dtype = self._of_weight_VH, self._weight_VH.dtype
         if sums_VH is None or sums_VH.dtype == dtype:
-            return [self._of_hidden_NH, sums_VH]
+            return [of_hidden_NH, sums_VH]
         # Into the front of the same memory: what a block overwrites was read for it or for one before it.
         narrow_VH = sums_VH.flatten().view(dtype)[: sums_VH.numel()].view_as(sums_VH)
         for first in range(0, len(sums_VH), _COLUMN_BLOCK):
             block = slice(first, first + _COLUMN_BLOCK)
             narrow_VH[block] = sums_VH[block].to(dtype)
-        return [self._of_hidden_NH, narrow_VH]
+        return [of_hidden_NH, narrow_VH]
+
+
+def _add_product(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add a product to sums that may be of a wider type."""
+    if sums.dtype == left.dtype:
+        torch.addmm(sums, left, right, out=sums)
+    else:
+        sums += left @ right

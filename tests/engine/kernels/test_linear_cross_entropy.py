@@ -1,6 +1,7 @@
 """Head and loss in one: as exact as plain PyTorch, the same under every layout, and no work that nobody asked for."""
 
 import importlib.util
+import itertools
 import math
 from unittest import mock
 
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_adapt.config import Layout, StageSettings, TrainSettings
 from megatron_adapt.engine.kernels import linear_cross_entropy as module
+from megatron_adapt.engine.kernels import softmax
 from megatron_adapt.engine.kernels.linear_cross_entropy import Columns, linear_cross_entropy
 from megatron_adapt.engine.llama import LlamaModel, build_model
 from megatron_adapt.engine.parallel import make_groups, start_engine
@@ -68,12 +70,13 @@ def measure_errors(tensors, upstream_N, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("upstream", ["same", "drawn"])
+@pytest.mark.parametrize("chunk", [(56, 1201), (413, 200)], ids=["all columns", "some columns"])
 @pytest.mark.parametrize(
     ("kernels", "num_tokens"), [("torch", 413), pytest.param(*TRITON.values, 71, marks=TRITON.marks)]
 )
-def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, upstream, kernels, num_tokens, monkeypatch):
+def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, upstream, chunk, kernels, num_tokens, monkeypatch):
     monkeypatch.setattr(module, "_COLUMN_BLOCK", 500)
-    monkeypatch.setattr(module, "_CHUNK_VALUES", {"cpu": 0})  # chunks of 64 tokens
+    monkeypatch.setattr(module, "_choose_chunk", lambda *_: chunk)
     upstream_N = torch.full((num_tokens,), 0.7) if upstream == "same" else torch.rand(num_tokens)
     tensors = make_tensors(num_tokens, 96, 1201, dtype)
     for ours, plain, _ in measure_errors(tensors, upstream_N, kernels=kernels):
@@ -82,18 +85,17 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(dtype, upstream, kernels, 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 23), st.integers(1, 17), st.integers(1, 41), st.integers(1, 9), st.integers(1, 9), st.booleans(),
-    st.sampled_from(DTYPES), st.integers(0, 99),
+    st.integers(1, 23), st.integers(1, 17), st.integers(1, 41), st.tuples(st.integers(1, 9), st.integers(1, 50)),
+    st.integers(1, 9), st.booleans(), st.sampled_from(DTYPES), st.integers(0, 99),
 )  # fmt: skip
 def test_any_shape_and_chunk_gives_what_plain_pytorch_gives(
-    num_tokens, width, num_columns, rows, block, same, dtype, seed
+    num_tokens, width, num_columns, chunk, block, same, dtype, seed
 ):
     upstream_N = (
         torch.ones(num_tokens) if same else torch.rand(num_tokens, generator=torch.Generator().manual_seed(seed))
     )
     with (
-        mock.patch.object(module, "_MIN_ROWS", rows),
-        mock.patch.object(module, "_CHUNK_VALUES", {"cpu": 0}),
+        mock.patch.object(module, "_choose_chunk", return_value=chunk),
         mock.patch.object(module, "_COLUMN_BLOCK", block),
     ):
         tensors = make_tensors(num_tokens, width, num_columns, dtype, seed)
@@ -102,9 +104,9 @@ def test_any_shape_and_chunk_gives_what_plain_pytorch_gives(
             assert ours <= 2 * plain + 4 * torch.finfo(dtype).eps * (norm + 1)
 
 
-def test_gradient_with_z_loss_is_that_of_the_formula_for_any_upstream_gradient(monkeypatch):
-    monkeypatch.setattr(module, "_MIN_ROWS", 2)
-    monkeypatch.setattr(module, "_CHUNK_VALUES", {"cpu": 0})
+@pytest.mark.parametrize("chunk", [(2, 7), (4, 3)])
+def test_gradient_with_z_loss_is_that_of_the_formula_for_any_upstream_gradient(chunk, monkeypatch):
+    monkeypatch.setattr(module, "_choose_chunk", lambda *_: chunk)
     hidden_NH, weight_VH, labels_N = make_tensors(5, 4, 7, torch.float64)
 
     def compute(hidden_NH, weight_VH):
@@ -170,7 +172,14 @@ def test_a_masked_token_has_no_loss_and_leaves_no_gradient(num_masked, kernels):
     [(True, True, 0, 3), (True, False, 0, 2), (False, True, 0, 2), (False, False, 0, 1), (True, True, 64, 1.5)],
 )
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_only_what_is_asked_for_is_computed(hidden_learns, weight_learns, num_masked, num_products, kernels):
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_only_what_is_asked_for_is_computed(
+    hidden_learns, weight_learns, num_masked, num_products, kernels, is_whole, monkeypatch
+):
+    if not is_whole:
+        monkeypatch.setattr(module, "_choose_chunk", lambda *_: (128, 100))
+        # Once more, for the logits.
+        num_products += (hidden_learns or weight_learns) * (128 - num_masked) / 128
     hidden_NH, weight_VH, labels_N = make_tensors(128, 16, 300)
     hidden_NH.requires_grad_(hidden_learns)
     weight_VH.requires_grad_(weight_learns)
@@ -189,15 +198,27 @@ def test_only_what_is_asked_for_is_computed(hidden_learns, weight_learns, num_ma
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_that_of_the_gradients_and_of_a_chunk(dtype, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_VALUES", {"cpu": 0})
+@pytest.mark.parametrize("chunk", [(56, 1000), (2048, 30)])
+def test_memory_is_that_of_the_gradients_and_of_a_chunk(dtype, chunk, monkeypatch):
+    monkeypatch.setattr(module, "_choose_chunk", lambda *_: chunk)
     num_tokens, width, num_columns = 8192, 8, 1000
     tensors = make_tensors(num_tokens, width, num_columns, dtype)
     with LiveBytes() as live:
         run_ours(*tensors, torch.ones(num_tokens))
-    gradients = num_tokens * width * dtype.itemsize + num_columns * width * 4
-    chunk = module._count_rows(num_columns, "cpu", dtype) * num_columns * (4 + dtype.itemsize)
-    assert live.peak < gradients + 2 * chunk + 100 * num_tokens < num_tokens * num_columns * dtype.itemsize / 2
+    gradients = num_tokens * width * 4 + num_columns * width * 4
+    chunk_bytes = chunk[0] * chunk[1] * (4 + dtype.itemsize)
+    assert live.peak < gradients + 2 * chunk_bytes + 200 * num_tokens < num_tokens * num_columns * dtype.itemsize / 2
+
+
+@pytest.mark.parametrize(
+    ("num_columns", "dtype", "chunk"),
+    [
+        (32_768, torch.float32, (224, 32_768)), (131_072, torch.float32, (2048, 896)),
+        (131_072, torch.bfloat16, (224, 131_072)), (0, torch.float32, (7 << 20, 1)),
+    ],
+)  # fmt: skip
+def test_a_chunk_of_few_tokens_has_some_of_the_columns_instead(num_columns, dtype, chunk):
+    assert module._choose_chunk(num_columns, "cpu", dtype) == chunk
 
 
 T, LAYOUTS = 16, [
@@ -246,7 +267,7 @@ def _learn(layout, tied, bf16):
 def test_a_model_learns_from_either_kernels_alike(bf16, monkeypatch):
     with start_engine(Layout(), seed=1):
         numbers, gradients = _learn(Layout(kernels="torch"), False, bf16)
-        monkeypatch.setattr(module, "_TorchSoftmax", None)
+        monkeypatch.setattr(softmax, "TorchSoftmax", None)
         with rounding_as_a_gpu():
             found, learned = _learn(Layout(kernels="triton"), False, bf16)
     tolerance = 2 * torch.finfo(torch.bfloat16).eps if bf16 else 1e-6
@@ -262,8 +283,10 @@ def _compare_layouts():
         for layout in LAYOUTS:
             parallel_state.destroy_model_parallel()
             make_groups(layout)
-            for tied in (False, True):
-                numbers, gradients = _learn(layout, tied, bf16=False)
+            # Chunks of a few tokens, and of a few columns; the second rank has fewer true columns than the first.
+            for tied, few_rows in itertools.product((False, True), (3, 100)):
+                with mock.patch.multiple(module, _CHUNK_VALUES={"cpu": 300}, _MIN_ROWS=few_rows, _TALL_ROWS=5):
+                    numbers, gradients = _learn(layout, tied, bf16=False)
                 with (
                     mock.patch.object(LlamaModel, "_postprocess", GPTModel._postprocess),
                     mock.patch.object(LlamaModel, "compute_language_model_loss", _compute_unfused),
@@ -282,7 +305,7 @@ def _compare_layouts():
 @pytest.mark.slow
 def test_losses_and_gradients_are_those_of_megatron_core_under_every_layout():
     for found in run_ranks(_compare_layouts, 2):
-        assert len(found) == 2 * len(LAYOUTS)
+        assert len(found) == 4 * len(LAYOUTS)
         for layout, tied, numbers, expected, difference in found:
             assert numbers == pytest.approx(expected, rel=1e-6), (layout, tied)
             assert difference < 1e-6, (layout, tied)

@@ -74,34 +74,34 @@ def _choose_block(logits_NV: torch.Tensor) -> dict[str, int]:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _normalise_row(
-    logits: tl.tensor,
-    owns: tl.tensor,
-    highests: tl.tensor,
-    sums: tl.tensor,
-    targets: tl.tensor,
+    logits_ptr: tl.tensor,
+    own_ptr: tl.tensor,
+    highest_ptr: tl.tensor,
+    sum_ptr: tl.tensor,
+    target_ptr: tl.tensor,
     stride: tl.tensor,
     num_columns: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
+    logits_ptr += row * stride
     places = tl.arange(0, BLOCK)
     full = num_columns // BLOCK * BLOCK
     highest = float("-inf")
     total = 0.0
     for start in range(0, full, BLOCK):
-        values = tl.load(logits + start + places).to(tl.float32)
+        values = tl.load(logits_ptr + start + places).to(tl.float32)
         highest, total = _add_block(values, highest, total)
     if full < num_columns:
         is_there = full + places < num_columns
-        values = tl.load(logits + full + places, mask=is_there, other=float("-inf")).to(tl.float32)
+        values = tl.load(logits_ptr + full + places, mask=is_there, other=float("-inf")).to(tl.float32)
         highest, total = _add_block(values, highest, total)
-    own = tl.load(owns + row)
+    own = tl.load(own_ptr + row)
     is_own = (own >= 0) & (own < num_columns)
-    target = tl.load(logits + own, mask=is_own, other=0.0).to(tl.float32)
-    tl.store(highests + row, highest)
-    tl.store(sums + row, total)
-    tl.store(targets + row, target)
+    target = tl.load(logits_ptr + own, mask=is_own, other=0.0).to(tl.float32)
+    tl.store(highest_ptr + row, highest)
+    tl.store(sum_ptr + row, total)
+    tl.store(target_ptr + row, target)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -114,11 +114,11 @@ def _add_block(values: tl.tensor, highest: tl.tensor, total: tl.tensor) -> tuple
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _differentiate_block(
-    logits: tl.tensor,
-    owns: tl.tensor,
-    highests: tl.tensor,
-    factors: tl.tensor,
-    scales: tl.tensor,
+    logits_ptr: tl.tensor,
+    own_ptr: tl.tensor,
+    highest_ptr: tl.tensor,
+    factor_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
     stride: tl.tensor,
     num_columns: tl.tensor,
     BLOCK: tl.constexpr,
@@ -126,17 +126,17 @@ def _differentiate_block(
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     columns = start + tl.arange(0, BLOCK)
-    logits += row * stride + columns
-    is_target = columns == tl.load(owns + row)
-    highest, factor, scale = tl.load(highests + row), tl.load(factors + row), tl.load(scales + row)
+    logits_ptr += row * stride + columns
+    is_target = columns == tl.load(own_ptr + row)
+    highest, factor, scale = tl.load(highest_ptr + row), tl.load(factor_ptr + row), tl.load(scale_ptr + row)
     if start + BLOCK <= num_columns:
-        values = tl.load(logits)
-        tl.store(logits, _make_gradient(values, is_target, highest, factor, scale).to(values.dtype))
+        values = tl.load(logits_ptr)
+        tl.store(logits_ptr, _make_gradient(values, is_target, highest, factor, scale).to(values.dtype))
     else:
         is_there = columns < num_columns
-        values = tl.load(logits, mask=is_there, other=0.0)
+        values = tl.load(logits_ptr, mask=is_there, other=0.0)
         gradient = _make_gradient(values, is_target, highest, factor, scale).to(values.dtype)
-        tl.store(logits, gradient, mask=is_there)
+        tl.store(logits_ptr, gradient, mask=is_there)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
