@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from measuring.anonymous import run_watched
+from measuring.disk import count_bytes, drop_from_cache
 from measuring.report import make_parser, print_figures, print_table, show_ratio
 from measuring.rounds import compare, make_timed, run_in_turns
-from measuring.sources import VOCAB_SIZE, count_bytes, drop_from_cache, write_sources
+from measuring.sources import VOCAB_SIZE, write_sources
 from megatron.core.datasets import helpers_cpp
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig

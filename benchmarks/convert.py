@@ -15,7 +15,6 @@ files included; the file cache is not.
 """
 
 import logging
-import os
 import shutil
 import subprocess
 import tempfile
@@ -26,6 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from measuring.disk import count_bytes, drop_from_cache, sync_folder
 from measuring.report import make_parser, print_figures, print_table, show_ratio
 from measuring.rounds import Measured, compare, measure, run_in_turns, start_process
 
@@ -127,28 +127,6 @@ def check_equal(one: Path, other: Path) -> None:
             rows = [folder.read_rows(name, start, stop).view(torch.int16) for folder in (left, right)]
             if not torch.equal(*rows):
                 raise ConfigError(f"{name}: came back with other bytes; the conversion is wrong")
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until all files of a folder are on disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def drop_from_cache(folder: Path) -> None:
-    """Write back what is dirty and ask the kernel to forget the pages of a folder's files."""
-    os.sync()
-    for path in folder.rglob("*"):
-        if path.is_file() and hasattr(os, "posix_fadvise"):
-            with path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def count_bytes(folder: Path) -> int:
-    """Return the size of all files of a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def require_space(folder: Path, num_bytes: float) -> None:

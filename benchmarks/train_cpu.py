@@ -11,8 +11,6 @@
 ``python benchmarks/train_cpu.py [--quick] [--size VOCABULARY]``
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -20,76 +18,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring.llama import load_peer, make_ours, make_peer, make_weights
 from measuring.report import make_parser, print_figures, print_table, show_ratio
 from measuring.rounds import compare, make_timed, run_in_turns
 from measuring.tensors import require_cpu
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_adapt.checkpoint.convert import convert_checkpoint
-from megatron_adapt.checkpoint.root import find_checkpoint, read_description
-from megatron_adapt.checkpoint.weights import load_weights
-from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint, Layout, StageSettings, TrainSettings
-from megatron_adapt.engine.llama import build_model
+from megatron_adapt.config import Layout
 from megatron_adapt.engine.parallel import start_engine
 from megatron_adapt.errors import EngineError
 from megatron_adapt.flags import run_tool
-from megatron_adapt.train.optimizer import build_trainer
-from megatron_adapt.train.step import train_step
 
 SEQ_LENGTH, BATCH, VOCAB_SIZE, QUICK_VOCAB_SIZE = 512, 4, 32_768, 2048
 SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
 QUICK_SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 ROUNDS, QUICK_ROUNDS = 7, 2
-LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-4, (0.9, 0.95), 0.1
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 CASES = (("fp32", "transformers_fp32"), ("bf16", "transformers_autocast"), ("bf16", "transformers_pure_bf16"))
-
-
-def make_weights(folder: Path, vocab_size: int, shape: dict[str, int]) -> tuple[Path, Path]:
-    """Draw a model with tied matrices; return its Hugging Face folder and its Megatron checkpoint."""
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=True, max_position_embeddings=SEQ_LENGTH, **shape)
-    hf, megatron = folder / "hf", folder / "megatron"
-    LlamaForCausalLM(config).save_pretrained(hf)
-    convert_checkpoint(ConvertCheckpoint(source=hf, to="megatron", output=megatron, settings=CheckpointSettings()))
-    return hf, find_checkpoint(megatron)
-
-
-def make_peer(hf: Path, name: str, windows: np.ndarray) -> Callable[[], float]:
-    """Return a function that does one step of a plain loop and returns the loss."""
-    dtype = torch.bfloat16 if name == "transformers_pure_bf16" else torch.float32
-    model = LlamaForCausalLM.from_pretrained(hf, dtype=dtype, attn_implementation="sdpa")
-    model.train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
-    )
-    ids_BT = torch.from_numpy(windows)
-    # Given apart, because with labels alone transformers shifts ids and pads them.
-    inputs_BT, labels_BT = ids_BT[:, :-1].contiguous(), ids_BT[:, 1:].contiguous()
-
-    def step() -> float:
-        optimizer.zero_grad()
-        autocasts = name == "transformers_autocast"
-        with torch.autocast("cpu", dtype=torch.bfloat16) if autocasts else nullcontext():
-            loss = model(input_ids=inputs_BT, labels=labels_BT, shift_labels=labels_BT, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return float(loss.detach())
-
-    return step
-
-
-def make_ours(checkpoint: Path, bf16: bool, windows: np.ndarray) -> Callable[[], float]:
-    """Return a function that does one step of a training stage and returns the loss; needs a started engine."""
-    description = read_description(checkpoint)
-    padded = description.padded_vocab_size
-    model = build_model(description.shape, padded_vocab_size=padded, layout=Layout(), seq_length=SEQ_LENGTH, bf16=bf16)
-    stage = StageSettings(name="one", tokens=1, blend={"en": 1.0}, lr=LEARNING_RATE, lr_warmup_fraction=0.0)
-    trainer = build_trainer([model], TrainSettings(bf16=bf16, weight_decay=WEIGHT_DECAY), stage, num_steps=1000)
-    load_weights([model], checkpoint)
-    trainer.optimizer.reload_model_params()
-    return lambda: train_step(trainer, windows, BATCH).loss
 
 
 def check_equal(losses: dict[str, float]) -> None:
@@ -113,9 +57,11 @@ def run(vocab_size: int, num_rounds: int, shape: dict[str, int]) -> None:
     require_cpu("train_cpu")
     windows = np.random.default_rng(0).integers(0, vocab_size, (BATCH, SEQ_LENGTH + 1))
     with TemporaryDirectory() as folder, start_engine(Layout(), seed=0):
-        hf, checkpoint = make_weights(Path(folder), vocab_size, shape)
-        steps = {f"ours_{name}": make_ours(checkpoint, name == "bf16", windows) for name in TOLERANCE}
-        steps |= {peer: make_peer(hf, peer, windows) for _, peer in CASES}
+        hf, checkpoint = make_weights(Path(folder), {"vocab_size": vocab_size, **shape}, SEQ_LENGTH)
+        steps = {f"ours_{name}": make_ours(checkpoint, windows, bf16=name == "bf16") for name in TOLERANCE}
+        for _, peer in CASES:
+            model = load_peer(hf, torch.bfloat16 if peer == "transformers_pure_bf16" else torch.float32)
+            steps[peer] = make_peer(model, windows, autocasts=peer == "transformers_autocast")
         losses = {name: step() for name, step in steps.items()}
         check_equal(losses)
         seconds = run_in_turns({name: make_timed(step) for name, step in steps.items()}, num_rounds)

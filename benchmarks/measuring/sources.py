@@ -1,6 +1,5 @@
-"""Token files of invented sources, and what the file system knows of them."""
+"""Token files of invented sources."""
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,17 +38,3 @@ def write_sources(folder: Path, num_sources: int, num_documents: int) -> dict[st
         write_json(record_path(prefix), {"counts": asdict(record)})
         prefixes[prefix.name] = prefix
     return prefixes
-
-
-def drop_from_cache(folder: Path) -> None:
-    """Write back what is dirty and ask the kernel to forget the pages of a folder's files."""
-    os.sync()
-    for path in folder.rglob("*"):
-        if path.is_file() and hasattr(os, "posix_fadvise"):
-            with path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def count_bytes(folder: Path) -> int:
-    """Return the size of all files of a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -28,6 +28,8 @@ SIZES = {
     "train_cpu": ("--quick",),
     "startup": ("--quick",),
     "stage1": ("--quick",),
+    "kernels": ("--quick",),
+    "train_gpu": ("--quick", "--peers", "ours_torch", "transformers"),
 }
 KEYS = {
     "attention": {"positions", "threads", "cases"},
@@ -40,10 +42,12 @@ KEYS = {
     "text_loops": {"mb", "real_text", "cases"},
     "fill": {"columns", "cases"},
     "propagate": {"columns", "cases"},
-    "loss_memory": {"tokens", "threads", "largest_differences", "cases"},
+    "loss_memory": {"device", "tokens", "threads", "largest_differences", "cases"},
     "train_cpu": {"threads", "first_losses", "cases"},
     "startup": {"columns", "seconds", "time_ratio"},
     "stage1": {"threads", "weights", "cases"},
+    "kernels": {"device", "tokens", "cases"},
+    "train_gpu": {"device", "tokens", "cases"},
 }  # fmt: skip
 CASE_KEYS = {
     "attention": {
@@ -64,6 +68,8 @@ CASE_KEYS = {
     "stage1": {
         "case", "tokens_per_second", "time_ratio", "flops_ratio", "held_mib", "peak_mib", "planned_mib",
     },
+    "kernels": {"case", "mib", "gb_per_second", "copy_share", "time_ratio", "largest_difference"},
+    "train_gpu": {"case", "milliseconds", "tflops", "gemm_share", "time_ratio"},
 }  # fmt: skip
 
 
@@ -100,6 +106,8 @@ def test_every_benchmark_is_tested():
         pytest.param("train_cpu", marks=pytest.mark.slow),
         pytest.param("startup", marks=pytest.mark.slow),
         pytest.param("stage1", marks=pytest.mark.slow),
+        pytest.param("kernels", marks=pytest.mark.slow),
+        pytest.param("train_gpu", marks=pytest.mark.slow),
     ],
 )
 def test_the_last_line_holds_the_figures(name):
@@ -171,7 +179,7 @@ def test_sources_of_holes_are_token_files(tmp_path, monkeypatch):
     files = [read_tokens(prefix) for prefix in prefixes.values()]
     assert [file.num_documents for file in files] == [10_000] * 3
     assert sum(file.num_tokens for file in files) == pytest.approx(30_000 * sources.MEAN_TOKENS, rel=0.03)
-    assert sources.count_bytes(tmp_path) > 2 * sum(file.num_tokens for file in files)
+    assert importlib.import_module("measuring.disk").count_bytes(tmp_path) > 2 * sum(file.num_tokens for file in files)
 
 
 def test_memory_of_mapped_files_is_not_counted(tmp_path, monkeypatch):
