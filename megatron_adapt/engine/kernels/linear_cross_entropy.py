@@ -29,8 +29,8 @@ and passes its gradient twice; with some columns for 2048 tokens, and the fourth
 
 Guarantees: sums and gradients of the weight are accumulated in fp32; what needs no gradient (a frozen head, a frozen
 body, validation) is not computed.
-Memory beyond the gradients: a chunk of logits (``_choose_chunk``), below fp32 the fp32 sum of the weight gradient and in
-torch an fp32 copy of the chunk.
+Memory beyond the gradients: a chunk of logits (``_choose_chunk``), below fp32 the fp32 sum of the weight gradient and
+in torch an fp32 copy of the chunk.
 
 Gradients in the forward pass: Liger Kernel (Hsu et al. 2024, arXiv 2410.10989). Shapes: N tokens, H hidden, V columns
 of this rank.
