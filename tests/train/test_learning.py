@@ -267,6 +267,7 @@ def test_the_vocabulary_learns_with_its_own_rate_and_the_body_with_the_other(tmp
     assert max(distance for key, distance in moved.items() if key not in VOCABULARY) < 1e-6
 
 
+@pytest.mark.slow
 def test_decoupled_rates_resume_exactly_and_in_other_layouts(decoupled, tmp_path):
     recipe, expected = decoupled
     same, other = copy_run(recipe, tmp_path / "same"), copy_run(recipe, tmp_path / "other")

@@ -208,6 +208,7 @@ def test_a_longer_stage_reads_on_as_if_it_had_always_been_so_long(started, tmp_p
     assert rows[-1]["tokens"] == {"en": 15 * 16, "xx": 45 * 16}
 
 
+@pytest.mark.slow
 def test_megatron_orders_the_windows_by_itself_and_is_resumed_exactly(tmp_path):
     straight = make_run(tmp_path / "straight")
     resumed = copy_run(straight, tmp_path / "resumed")

@@ -35,6 +35,7 @@ def test_the_learning_rate_follows_the_windows(ramped):
     assert rows[-1]["learning_rate"] == pytest.approx(1e-3)
 
 
+@pytest.mark.slow
 def test_a_ramp_resumes_exactly_and_in_another_layout(ramped, tmp_path):
     recipe, expected = ramped
     same, other = copy_run(recipe, tmp_path / "same"), copy_run(recipe, tmp_path / "other")
