@@ -69,7 +69,7 @@ def draw(*shape: int) -> torch.Tensor:
 
 
 def make_cases(num_tokens: int, widths: Widths) -> Iterator[Case]:
-    """Yield every kernel; one at a time is in memory."""
+    """Yield every kernel; its tensors are drawn when its turn comes, and stay."""
     hidden, weight = draw(num_tokens, widths.hidden), draw(widths.hidden)
     yield from make_both_ways(
         "RMSNorm", lambda kernels: rms_norm(hidden, weight, EPS, kernels=kernels), [hidden, weight], hidden.nbytes

@@ -3,6 +3,7 @@
 import math
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +12,7 @@ from typing import Self
 from megatron_adapt.checkpoint.values import TensorSpec
 
 
-class TensorFilesWriter:
+class TensorFilesWriter(ABC):
     """What the writers of all formats have in common.
 
     Use as a context manager; a normal exit checks that every value was written, and finishes the folder.
@@ -58,6 +59,6 @@ class TensorFilesWriter:
         assert not unfinished, f"not written exactly once: {unfinished[:5]}"
         self._finish()
 
+    @abstractmethod
     def _finish(self) -> None:
         """Write what stands beside the tensors."""
-        raise NotImplementedError

@@ -185,11 +185,12 @@ def _go_through(
     for start in range(0, len(hidden_NH), rows):
         part = slice(start, start + rows)
         own_N = labels_N[part] - columns.first
-        found = []
+        target_N, own_log_sum_N = torch.zeros_like(loss_N[part]), loss_N.new_full((len(own_N),), -torch.inf).double()
         for block in blocks:
             chunk_NV = _multiply(hidden_NH[part], true_VH[block], softmax.logits_NV)
-            found.append(softmax.normalise(chunk_NV, own_N - block.start))
-        target_N, own_log_sum_N = _merge(found)
+            of_block_N, log_sum_of_block_N = softmax.normalise(chunk_NV, own_N - block.start)
+            target_N += of_block_N
+            own_log_sum_N = torch.logaddexp(own_log_sum_N, log_sum_of_block_N)
         log_sum_N, target_N = _combine(own_log_sum_N, target_N, columns.group)
         loss_N[part] = log_sum_N - target_N
         if z_loss:
@@ -233,14 +234,6 @@ def _multiply(hidden_NH: torch.Tensor, weight_VH: torch.Tensor, room_NV: torch.T
     return chunk_NV
 
 
-def _merge(found: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what ``normalise`` returns over the columns of all blocks."""
-    if len(found) == 1:
-        return found[0]
-    targets, log_sums = zip(*found, strict=True)
-    return torch.stack(targets).sum(0), torch.stack(log_sums).logsumexp(0)
-
-
 def _combine(
     own_log_sum_N: torch.Tensor, target_N: torch.Tensor, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -266,7 +259,8 @@ class _Gradients:
         self._is_whole = is_whole
         self._of_hidden_NH = self._of_weight_VH = None
         if task.of_hidden:
-            self._of_hidden_NH = torch.zeros_like(hidden_NH, dtype=hidden_NH.dtype if is_whole else exact)
+            # A chunk that has all columns writes its rows, others add to them.
+            self._of_hidden_NH = torch.empty_like(hidden_NH) if is_whole else torch.zeros_like(hidden_NH, dtype=exact)
         if task.of_weight:
             self._of_weight_VH = torch.zeros_like(weight_VH, dtype=exact)
 

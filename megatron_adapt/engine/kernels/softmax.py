@@ -39,7 +39,7 @@ class TorchSoftmax:
         "What shares are still to be divided by."
 
     def normalise(self, chunk_NV: torch.Tensor, own_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read the logits of a chunk, the first rows of ``logits_NV``.
+        """Read the logits of a chunk, the first rows and columns of ``logits_NV``.
 
         Args:
             chunk_NV: logits.
@@ -47,7 +47,7 @@ class TorchSoftmax:
 
         Returns:
             [N] logit of the target, 0 where it is not among V, and [N] logarithm of the sum of exponentials in fp64:
-            in fp32 its rounding alone would be that of a share.
+            shares that are computed from it would show its rounding in fp32.
         """
         shares_NV = self._take(chunk_NV, own_N)
         self._sum_N = None
