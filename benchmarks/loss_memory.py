@@ -2,12 +2,14 @@
 
 1. ``check_equal``: both give the same losses and gradients on few tokens, else nothing is measured.
 2. ``step_once``: one call in a fresh process, the peak above what it held before, of torch's tensors on a GPU, of the
-   process elsewhere; losses and both gradients are part of it. A call with few tokens comes first, so that thread pools
-   and kernels are there.
+   process elsewhere; losses and the gradient of the hidden states are part of it. A call with few tokens comes first,
+   so that thread pools and kernels are there.
 3. ``run_in_turns``: one call of each a round, same tensors.
 
 The peer is what ``GPTModel`` does at tensor parallel size 1: ``torch.matmul`` of ``ColumnParallelLinear``, then
-``vocab_parallel_cross_entropy``. Hidden states are 1024 wide; the weight is not counted, its gradient is.
+``vocab_parallel_cross_entropy``. Hidden states are 1024 wide. Neither the weight is counted nor the fp32 sum of its
+gradients (``main_grad``), which a training run holds all the time: the peer's gradient is added to it and let go, as
+the hook of megatron-core's ``DistributedDataParallel`` does it.
 
 ``python benchmarks/loss_memory.py [--quick] [--size TOKENS]``
 """
@@ -35,18 +37,31 @@ ROUNDS = 3
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 
 
-def compute_unfused(hidden_NH: torch.Tensor, weight_VH: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    """Return losses as megatron-core computes them."""
+def compute_unfused(
+    hidden_NH: torch.Tensor, weight_VH: torch.Tensor, labels_N: torch.Tensor, sums_VH: torch.Tensor
+) -> torch.Tensor:
+    """Return losses as megatron-core computes them, and let the weight gradient be added to its sum."""
+
+    def add(weight: torch.Tensor) -> None:
+        assert weight.grad is not None
+        sums_VH.add_(weight.grad)
+        weight.grad = None
+
+    weight_VH.register_post_accumulate_grad_hook(add)
     loss: torch.Tensor = vocab_parallel_cross_entropy(
         torch.matmul(hidden_NH[:, None], weight_VH.t()), labels_N[:, None]
     )
     return loss[:, 0]
 
 
-def compute_ours(hidden_NH: torch.Tensor, weight_VH: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    """Return losses as our model computes them."""
+def compute_ours(
+    hidden_NH: torch.Tensor, weight_VH: torch.Tensor, labels_N: torch.Tensor, sums_VH: torch.Tensor
+) -> torch.Tensor:
+    """Return losses as our model computes them, and add the weight gradient to its sum."""
     columns = Columns(first=0, num_true=len(weight_VH), group=None)
-    loss_N, _ = linear_cross_entropy(hidden_NH, weight_VH, labels_N, columns, kernels=choose_kernels("auto"))
+    loss_N, _ = linear_cross_entropy(
+        hidden_NH, weight_VH, labels_N, columns, weight_sums_VH=sums_VH, kernels=choose_kernels("auto")
+    )
     return loss_N
 
 
@@ -54,18 +69,22 @@ LOSSES = {"megatron_core": compute_unfused, "ours": compute_ours}
 
 
 def make_step(name: str, num_tokens: int, num_columns: int, dtype: torch.dtype) -> Callable[[], list[torch.Tensor]]:
-    """Return a function that runs forward and backward and returns losses and two gradients."""
+    """Return a function that runs forward and backward and returns losses, a gradient, and the sum of the others."""
     device = get_device()
     draw = torch.Generator(device).manual_seed(0)
     hidden_NH = torch.randn(num_tokens, HIDDEN_SIZE, generator=draw, device=device).to(dtype).requires_grad_()
     weight_VH = torch.empty(num_columns, HIDDEN_SIZE, dtype=dtype, device=device)
-    weight_VH.normal_(0, 0.02, generator=draw).requires_grad_()
+    weight_VH.normal_(0, 0.02, generator=draw)
+    # Written, not only asked for: the system counts memory from the first touch.
+    sums_VH = torch.empty_like(weight_VH, dtype=torch.float32).zero_()
     labels_N = torch.randint(0, num_columns, (num_tokens,), generator=draw, device=device)
 
     def step() -> list[torch.Tensor]:
-        loss_N = LOSSES[name](hidden_NH, weight_VH, labels_N)
-        gradients = torch.autograd.grad(loss_N.sum(), (hidden_NH, weight_VH))
-        return [loss_N.detach(), *gradients]
+        weight = weight_VH.detach().requires_grad_()
+        hidden_NH.grad = None
+        loss_N = LOSSES[name](hidden_NH, weight, labels_N, sums_VH)
+        loss_N.sum().backward()
+        return [loss_N.detach(), hidden_NH.grad, sums_VH]
 
     return step
 

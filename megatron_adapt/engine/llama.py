@@ -98,6 +98,7 @@ class LlamaModel(GPTModel):  # type: ignore[misc]
             labels.t().flatten(),
             self._get_columns(len(weight_VH)),
             loss_mask_N=None if loss_mask is None else loss_mask.t().flatten(),
+            weight_sums_VH=_find_sums(weight_VH),
             z_loss=self.z_loss,
             kernels=self.kernels,
         )
@@ -301,6 +302,19 @@ def _make_config(shape: LlamaShape, layout: Layout, bf16: bool, kernels: Impleme
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
     )
+
+
+def _find_sums(weight: Any) -> torch.Tensor | None:
+    """Return the engine's sum of the gradients of a weight that learns, and tell it that they will be added there.
+
+    They may be added before the backward pass: losses are summed over tokens (``calculate_per_token_loss``) and scaled
+    behind it, so the gradient of each is 1.
+    """
+    if not (torch.is_grad_enabled() and weight.requires_grad and hasattr(weight, "main_grad")):
+        return None
+    weight.grad_added_to_main_grad = True
+    sums: torch.Tensor = weight.main_grad
+    return sums
 
 
 def _split_pipeline(layout: Layout) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name = torch.distributed.ProcessGroup.unbox(group).group_name
             self.sent[func.overloadpacket.__name__, name] += max(carried)
         for item in tree_iter(out):
-            if isinstance(item, torch.Tensor):
+            if isinstance(item, torch.Tensor) and item.layout == torch.strided:
                 self._add(item.untyped_storage())
         return out
 

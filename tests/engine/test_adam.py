@@ -3,7 +3,7 @@
 import megatron.core.optimizer
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_adapt.engine import adam
@@ -72,16 +72,17 @@ def repeat(value):
 
 
 @given(value=st.floats(width=32, min_value=-(2.0**126), max_value=2.0**126))
+@example(value=2.0**-149)
 @settings(deadline=None, max_examples=50)
 def test_rounding_gives_a_neighbour_and_the_value_on_average(value):
     rounded = round_randomly(repeat(value), make_generator()).double()
-    exact = float(torch.tensor(value))
-    low, high = float(rounded.min()), float(rounded.max())
-    assert low <= exact <= high
-    bits = torch.tensor([low, high], dtype=torch.bfloat16).view(torch.int16).tolist()
-    assert abs(bits[0] - bits[1]) <= 1
+    exact = torch.tensor(value)
+    # The upper half of the bits, and one more: the neighbours on either side, or the value itself.
+    bits = exact.view(torch.int32) & -(1 << 16)
+    nearer, farther = (neighbour.view(torch.float32).double() for neighbour in (bits, bits + (1 << 16)))
+    assert ((rounded == nearer) | ((rounded == farther) & (exact != nearer))).all()
     # Six standard deviations of a mean of 2^16 draws.
-    assert abs(float(rounded.mean()) - exact) <= (high - low) / 2 * 6 / 256
+    assert (rounded.mean() - exact).abs() <= (farther - nearer).abs() / 2 * 6 / 256
 
 
 def test_values_of_bf16_stay_what_they_are():

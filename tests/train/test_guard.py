@@ -23,12 +23,15 @@ TRAIN_STEP = loop.train_step
 
 
 def spoil_steps(factors):
-    """Return a ``train_step`` whose loss, and with it the gradient, is multiplied at some steps, by number."""
+    """Return a ``train_step`` whose loss is multiplied at some steps, by number, and the gradient if not finite."""
+
+    def spoil(loss, factor):
+        return loss + loss.detach() * (factor - 1) if math.isfinite(factor) else loss * factor
 
     def train_step(trainer, *args, **kwargs):
         factor = factors.get(trainer.schedule.num_steps + 1, 1.0)
         # The hook comes behind the one of the watchdog, and is gone before a validation.
-        hook = trainer.models[-1].register_forward_hook(lambda module, args, output: output * factor)
+        hook = trainer.models[-1].register_forward_hook(lambda module, args, output: spoil(output, factor))
         try:
             return TRAIN_STEP(trainer, *args, **kwargs)
         finally:

@@ -10,27 +10,24 @@ a time goes all the way:
 4. ``differentiate``: the gradient with respect to the logits, in their place;
 5. ``_Gradients.add``: from it that with respect to hidden states and weight, at once.
 
-Where so few tokens fit into a chunk that products get slow, it has many tokens and some of the columns
-(``_choose_chunk``): steps 1 and 2 go through all columns, and 4 and 5 again, with the logits computed anew. That is a
-fourth product beside three.
-
 Steps 2 and 4, what lies between the matrix products, have two implementations (``softmax``); all else is shared.
 
 The backward pass scales what the forward pass left. That is right where all tokens that bear loss have the same
 upstream gradient, as they have in a mean or a sum; ``loss_mask`` names the others, which then cost nothing. For any
 other upstream gradient the weight gradient is computed anew: never wrong, but 3 products more.
 
+A weight that a ``DistributedDataParallel`` of megatron-core wraps has an fp32 sum of its gradients, its ``main_grad``.
+With ``weight_sums_VH`` each chunk adds to that, as the engine's ``gradient_accumulation_fusion`` does with Apex: no
+gradient of [V, H] stands beside it, and none is rounded to bf16 on its way. It is added before the upstream gradient is
+known, and so for one of 1; another one is refused.
+
 z-loss (Chowdhery et al. 2022, arXiv 2204.02311, section 5) keeps the logarithm of the sum of exponentials near 0. It
 is a second result, so that the loss stays what it is; the forward pass computes the gradient of the sum of both.
 
-Measured on two CPU threads in fp32, against the engine's three products of full size (``benchmarks/loss_memory.py``):
-131,072 columns took 1.5 times as long with all of them for 56 tokens at a time, since each chunk reads the whole weight
-and passes its gradient twice; with some columns for 2048 tokens, and the fourth product, 1.18 times.
-
 Guarantees: sums and gradients of the weight are accumulated in fp32; what needs no gradient (a frozen head, a frozen
 body, validation) is not computed.
-Memory beyond the gradients: a chunk of logits (``_choose_chunk``), below fp32 the fp32 sum of the weight gradient and
-in torch an fp32 copy of the chunk.
+Memory beyond the gradients: a chunk of logits (``_count_rows``), and below fp32 an fp32 copy of it in torch; without
+``weight_sums_VH`` the gradient of the weight is an fp32 sum.
 
 Gradients in the forward pass: Liger Kernel (Hsu et al. 2024, arXiv 2410.10989). Shapes: N tokens, H hidden, V columns
 of this rank.
@@ -47,11 +44,9 @@ from megatron_adapt.engine.kernels.dispatch import Implementation
 from megatron_adapt.engine.kernels.softmax import make_softmax
 
 _CHUNK_VALUES = {"cpu": 7 << 20, "cuda": 64 << 20}
-"Logits in a chunk. On a CPU few enough for its last-level cache; for a GPU enough to fill it, which was not measured."
-_MIN_ROWS = 112
-"Fewer tokens do not pay for what a chunk reads and writes."
-_TALL_ROWS = 2048
-"Tokens of a chunk that does not have all columns: measured on a CPU, with a quarter of the values."
+"Logits in a chunk, of a small vocabulary. For a GPU enough to fill it, which was not measured."
+_MIN_ROWS = 512
+"Each chunk reads the whole weight and passes its gradient twice, which fewer tokens do not pay for."
 _COLUMN_BLOCK = 2048
 "Columns of one product: of the logits on a CPU, and of the weight gradient where it is added to a wider sum."
 
@@ -75,6 +70,7 @@ def linear_cross_entropy(
     columns: Columns,
     *,
     loss_mask_N: torch.Tensor | None = None,
+    weight_sums_VH: torch.Tensor | None = None,
     z_loss: float = 0.0,
     kernels: Implementation = "torch",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,18 +85,24 @@ def linear_cross_entropy(
         labels_N: token ids.
         columns: which columns they are.
         loss_mask_N: False where a token bears no loss: its loss is 0, and nothing is computed for it.
+        weight_sums_VH: to what the weight gradient is added, in the forward pass; that which the backward pass gives is
+            sparse and has no values then. fp32 (fp64 for fp64 hidden states).
         z_loss: weight of the squared logarithm of the sum of exponentials.
         kernels: what computes the softmax of a chunk; fp64 hidden states go the torch way.
 
     Returns:
         [N] losses in nats, and [N] z-losses: ``z_loss * log_sum_exp ** 2``, without a gradient where ``z_loss`` is 0.
         Both fp32 (fp64 for fp64 hidden states). Add them, with the same upstream gradient, to learn from both.
+
+    Raises:
+        ValueError: in the backward pass, with ``weight_sums_VH``: the upstream gradient of a token is not 1.
     """
     if loss_mask_N is not None:
         rows = loss_mask_N.nonzero().flatten()
         found = linear_cross_entropy(
-            hidden_NH[rows], weight_VH, labels_N[rows], columns, z_loss=z_loss, kernels=kernels
-        )
+            hidden_NH[rows], weight_VH, labels_N[rows], columns, weight_sums_VH=weight_sums_VH, z_loss=z_loss,
+            kernels=kernels,
+        )  # fmt: skip
         loss_N, z_loss_N = (part.new_zeros(len(labels_N)).index_put((rows,), part) for part in found)
         return loss_N, z_loss_N
     learns = torch.is_grad_enabled()
@@ -108,6 +110,7 @@ def linear_cross_entropy(
         columns,
         z_loss,
         kernels,
+        weight_sums_VH if learns and weight_VH.requires_grad else None,
         of_hidden=learns and hidden_NH.requires_grad,
         of_weight=learns and weight_VH.requires_grad,
     )
@@ -124,6 +127,7 @@ class _Task:
     columns: Columns
     z_loss: float
     kernels: Implementation
+    weight_sums_VH: torch.Tensor | None
     of_hidden: bool
     "Whether the gradient of the hidden states is asked for."
     of_weight: bool
@@ -146,12 +150,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, of_loss_N: torch.Tensor, of_z_loss_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Not saved but handed over: who gets the only reference need not copy [V, H]. A second pass starts anew.
         gradients, ctx.gradients = ctx.gradients, None
+        sums_VH = ctx.task.weight_sums_VH
         scale = _find_common_value(torch.cat([of_loss_N, of_z_loss_N]) if ctx.task.z_loss else of_loss_N)
+        if sums_VH is not None and gradients is not None:
+            _settle(sums_VH, scale)
+        hidden_NH, weight_VH, labels_N = ctx.saved_tensors
         if gradients is None or scale is None:
-            hidden_NH, weight_VH, labels_N = ctx.saved_tensors
             *_, gradients = _go_through(hidden_NH, weight_VH, labels_N, ctx.task, (of_loss_N, of_z_loss_N))
         elif scale != 1:
             gradients = [None if gradient is None else gradient.mul_(scale) for gradient in gradients]
+        if sums_VH is not None:
+            # The engine's hook asks for a gradient on this device; without values it takes no memory.
+            gradients[1] = torch.sparse_coo_tensor(
+                labels_N.new_empty(2, 0), weight_VH.new_empty(0), weight_VH.shape, check_invariants=False
+            )
         return (*gradients, None, None)
 
 
@@ -164,6 +176,22 @@ def _find_common_value(upstream_N: torch.Tensor) -> float | None:
     return float(low) if low == high or math.isnan(low) else None
 
 
+def _settle(sums_VH: torch.Tensor, scale: float | None) -> None:
+    """Accept what was added to sums for an upstream gradient of 1, now that it is known.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if scale is None or (scale != 1 and math.isfinite(scale)):
+        raise ValueError(
+            f"linear_cross_entropy: upstream gradient {'that differs by token' if scale is None else scale}, but the"
+            " weight gradient was added for 1; weight losses by loss_mask alone, or leave out weight_sums_VH"
+        )
+    if scale != 1:
+        # One rank may see this alone: it shall reach the place where all leave the step out.
+        sums_VH.fill_(math.nan)
+
+
 def _go_through(
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,
@@ -174,23 +202,18 @@ def _go_through(
     """Return losses, z-losses, and the gradients of the sum of all, or of one weighted by ``upstream``, [N] each."""
     columns, z_loss = task.columns, task.z_loss
     exact = torch.promote_types(hidden_NH.dtype, torch.float32)
-    # By the rows of the weight, padding included: ranks of a group must go through the same chunks of tokens.
-    rows, width = _choose_chunk(len(weight_VH), hidden_NH.device.type, hidden_NH.dtype)
-    blocks = [slice(at, min(at + width, columns.num_true)) for at in range(0, max(columns.num_true, 1), width)]
+    # By the rows of the weight, padding included: ranks of a group must go through the same chunks.
+    rows = _count_rows(len(weight_VH), hidden_NH.device.type, hidden_NH.dtype)
     true_VH = weight_VH[: columns.num_true]
     loss_N = torch.empty(len(hidden_NH), dtype=exact, device=hidden_NH.device)
     z_loss_N = torch.zeros_like(loss_N)
-    gradients = _Gradients(hidden_NH, weight_VH, task, exact, is_whole=len(blocks) == 1)
-    softmax = make_softmax(task.kernels, hidden_NH, min(rows, len(hidden_NH)), min(width, columns.num_true))
+    gradients = _Gradients(hidden_NH, weight_VH, task, exact)
+    softmax = make_softmax(task.kernels, hidden_NH, min(rows, len(hidden_NH)), columns.num_true)
     for start in range(0, len(hidden_NH), rows):
         part = slice(start, start + rows)
         own_N = labels_N[part] - columns.first
-        target_N, own_log_sum_N = torch.zeros_like(loss_N[part]), loss_N.new_full((len(own_N),), -torch.inf).double()
-        for block in blocks:
-            chunk_NV = _multiply(hidden_NH[part], true_VH[block], softmax.logits_NV)
-            of_block_N, log_sum_of_block_N = softmax.normalise(chunk_NV, own_N - block.start)
-            target_N += of_block_N
-            own_log_sum_N = torch.logaddexp(own_log_sum_N, log_sum_of_block_N)
+        chunk_NV = _multiply(hidden_NH[part], true_VH, softmax.logits_NV)
+        target_N, own_log_sum_N = softmax.normalise(chunk_NV, own_N)
         log_sum_N, target_N = _combine(own_log_sum_N, target_N, columns.group)
         loss_N[part] = log_sum_N - target_N
         if z_loss:
@@ -205,27 +228,20 @@ def _go_through(
         if columns.group is not None or z_loss or upstream is not None:
             factor_N = (own_log_sum_N - log_sum_N).exp() * (of_loss_N + 2 * z_loss * log_sum_N * of_z_loss_N)
             factor_N = factor_N.to(exact)
-        for block in blocks:
-            if len(blocks) > 1:
-                chunk_NV = _multiply(hidden_NH[part], true_VH[block], softmax.logits_NV)
-                softmax.resume(chunk_NV, own_N - block.start, own_log_sum_N)
-            gradients.add(part, block, softmax.differentiate(chunk_NV, factor_N, of_loss_N))
+        gradients.add(part, softmax.differentiate(chunk_NV, factor_N, of_loss_N))
     return loss_N, z_loss_N, gradients.finish()
 
 
-def _choose_chunk(num_columns: int, device: str, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the tokens and columns of a chunk: on a CPU in fp32 224 by 32,768, or of 131,072 columns 2048 by 896."""
+def _count_rows(num_columns: int, device: str, dtype: torch.dtype) -> int:
+    """Return the tokens of a chunk: on a CPU 512 at 131,072 columns."""
     # Below fp32 products cost less, and adding to the fp32 weight gradient more.
     values = _CHUNK_VALUES[device] * (1 if dtype.itemsize >= 4 else 4)
-    rows = max(1, values // max(num_columns, 1))
-    if rows >= _MIN_ROWS:
-        return rows, max(num_columns, 1)
-    return _TALL_ROWS, max(1, values // (4 * _TALL_ROWS))
+    return max(_MIN_ROWS, values // max(num_columns, 1))
 
 
 def _multiply(hidden_NH: torch.Tensor, weight_VH: torch.Tensor, room_NV: torch.Tensor) -> torch.Tensor:
     """Return logits in the room that there is for them."""
-    chunk_NV = room_NV[: len(hidden_NH), : len(weight_VH)]
+    chunk_NV = room_NV[: len(hidden_NH)]
     # A CPU computes many columns of few tokens at half the speed of a few columns.
     step = _COLUMN_BLOCK if hidden_NH.device.type == "cpu" else max(len(weight_VH), 1)
     for first in range(0, len(weight_VH), step):
@@ -250,52 +266,41 @@ def _combine(
 class _Gradients:
     """Gradients that grow chunk by chunk."""
 
-    def __init__(
-        self, hidden_NH: torch.Tensor, weight_VH: torch.Tensor, task: _Task, exact: torch.dtype, *, is_whole: bool
-    ) -> None:
-        """Make room for what is asked for; ``is_whole`` says that a chunk has all columns."""
-        self._hidden_NH, self._weight_VH = hidden_NH, weight_VH
+    def __init__(self, hidden_NH: torch.Tensor, weight_VH: torch.Tensor, task: _Task, exact: torch.dtype) -> None:
+        """Make room for what is asked for."""
+        self._hidden_NH, self._weight_VH, self._is_lent = hidden_NH, weight_VH, task.weight_sums_VH is not None
         self._true_VH = weight_VH[: task.columns.num_true]
-        self._is_whole = is_whole
-        self._of_hidden_NH = self._of_weight_VH = None
-        if task.of_hidden:
-            # A chunk that has all columns writes its rows, others add to them.
-            self._of_hidden_NH = torch.empty_like(hidden_NH) if is_whole else torch.zeros_like(hidden_NH, dtype=exact)
-        if task.of_weight:
+        self._of_hidden_NH = torch.empty_like(hidden_NH) if task.of_hidden else None
+        self._of_weight_VH = task.weight_sums_VH
+        if task.of_weight and not self._is_lent:
             self._of_weight_VH = torch.zeros_like(weight_VH, dtype=exact)
 
-    def add(self, part: slice, block: slice, of_logits_NV: torch.Tensor) -> None:
-        """Add what a chunk gives: some tokens, and a block of columns."""
-        if self._of_hidden_NH is not None and self._is_whole:
+    def add(self, part: slice, of_logits_NV: torch.Tensor) -> None:
+        """Add what a chunk of tokens gives."""
+        if self._of_hidden_NH is not None:
             torch.mm(of_logits_NV, self._true_VH, out=self._of_hidden_NH[part])
-        elif self._of_hidden_NH is not None:
-            _add_product(self._of_hidden_NH[part], of_logits_NV, self._true_VH[block])
-        if self._of_weight_VH is None:
+        sums_VH, hidden_NH = self._of_weight_VH, self._hidden_NH[part]
+        if sums_VH is None:
             return
-        # By columns, below fp32: the product that is added has the size of the sum.
-        step = len(self._true_VH) if self._of_weight_VH.dtype == of_logits_NV.dtype else _COLUMN_BLOCK
-        for first in range(block.start, block.stop, max(step, 1)):
-            columns = slice(first, min(first + step, block.stop))
-            of_columns_NV = of_logits_NV[:, first - block.start : columns.stop - block.start]
-            _add_product(self._of_weight_VH[columns], of_columns_NV.t(), self._hidden_NH[part])
+        if sums_VH.dtype == hidden_NH.dtype:
+            sums_VH = sums_VH[: len(self._true_VH)]
+            torch.addmm(sums_VH, of_logits_NV.t(), hidden_NH, out=sums_VH)
+            return
+        # By columns: the product that is added has the size of the sum.
+        for first in range(0, len(self._true_VH), _COLUMN_BLOCK):
+            block_NV = of_logits_NV[:, first : first + _COLUMN_BLOCK]
+            sums_VH[first : first + block_NV.shape[1]] += block_NV.t() @ hidden_NH
 
     def finish(self) -> list[torch.Tensor | None]:
-        """Return the gradients of hidden states and weight, in their types."""
-        of_hidden_NH = None if self._of_hidden_NH is None else self._of_hidden_NH.to(self._hidden_NH.dtype)
+        """Return the gradients of hidden states and weight, in their types; None for one that was added elsewhere."""
         sums_VH, dtype = self._of_weight_VH, self._weight_VH.dtype
-        if sums_VH is None or sums_VH.dtype == dtype:
-            return [of_hidden_NH, sums_VH]
+        if sums_VH is None or self._is_lent:
+            return [self._of_hidden_NH, None]
+        if sums_VH.dtype == dtype:
+            return [self._of_hidden_NH, sums_VH]
         # Into the front of the same memory: what a block overwrites was read for it or for one before it.
         narrow_VH = sums_VH.flatten().view(dtype)[: sums_VH.numel()].view_as(sums_VH)
         for first in range(0, len(sums_VH), _COLUMN_BLOCK):
             block = slice(first, first + _COLUMN_BLOCK)
             narrow_VH[block] = sums_VH[block].to(dtype)
-        return [of_hidden_NH, narrow_VH]
-
-
-def _add_product(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add a product to sums that may be of a wider type."""
-    if sums.dtype == left.dtype:
-        torch.addmm(sums, left, right, out=sums)
-    else:
-        sums += left @ right
+        return [self._of_hidden_NH, narrow_VH]

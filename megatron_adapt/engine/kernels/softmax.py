@@ -35,11 +35,9 @@ class TorchSoftmax:
         exact = torch.promote_types(hidden_NH.dtype, torch.float32)
         is_exact = hidden_NH.dtype == exact
         self._exact_NV = self.logits_NV if is_exact else torch.empty_like(self.logits_NV, dtype=exact)
-        self._sum_N: torch.Tensor | None = None
-        "What shares are still to be divided by."
 
     def normalise(self, chunk_NV: torch.Tensor, own_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read the logits of a chunk, the first rows and columns of ``logits_NV``.
+        """Read the logits of a chunk, the first rows of ``logits_NV``.
 
         Args:
             chunk_NV: logits.
@@ -47,10 +45,12 @@ class TorchSoftmax:
 
         Returns:
             [N] logit of the target, 0 where it is not among V, and [N] logarithm of the sum of exponentials in fp64:
-            shares that are computed from it would show its rounding in fp32.
+            the difference of those of two ranks is the exponent of a factor, which would show their rounding in fp32.
         """
-        shares_NV = self._take(chunk_NV, own_N)
-        self._sum_N = None
+        self._is_own_N = (own_N >= 0) & (own_N < chunk_NV.shape[1])
+        self._own_N1 = own_N.where(self._is_own_N, 0)[:, None]
+        is_exact = chunk_NV.dtype == self._exact_NV.dtype
+        shares_NV = self._shares_NV = chunk_NV if is_exact else self._exact_NV[: len(own_N)].copy_(chunk_NV)
         if not shares_NV.shape[1]:
             nothing_N = shares_NV.new_full((len(own_N),), -torch.inf, dtype=torch.float64)
             return shares_NV.new_zeros(len(own_N)), nothing_N
@@ -61,35 +61,13 @@ class TorchSoftmax:
         # The highest share is 1 / sum exp(logit - highest).
         return target_N, highest_N - shares_NV.amax(1).double().log()
 
-    def resume(self, chunk_NV: torch.Tensor, own_N: torch.Tensor, log_sum_N: torch.Tensor) -> None:
-        """Read the logits of a chunk again, of whose rows there are more columns.
-
-        Args:
-            chunk_NV: logits.
-            own_N: as in ``normalise``.
-            log_sum_N: logarithm of the sum of exponentials over all columns of this rank, in fp64.
-        """
-        shift_N = log_sum_N.to(self._exact_NV.dtype)
-        self._take(chunk_NV, own_N).sub_(shift_N[:, None]).exp_()
-        self._sum_N = (log_sum_N - shift_N).exp().to(shift_N.dtype)
-
-    def _take(self, chunk_NV: torch.Tensor, own_N: torch.Tensor) -> torch.Tensor:
-        """Return the chunk as the exact values that become shares, in its own memory or in that beside it."""
-        self._is_own_N = (own_N >= 0) & (own_N < chunk_NV.shape[1])
-        self._own_N1 = own_N.where(self._is_own_N, 0)[:, None]
-        if chunk_NV.dtype == self._exact_NV.dtype:
-            self._shares_NV = chunk_NV
-        else:
-            self._shares_NV = self._exact_NV[: len(chunk_NV), : chunk_NV.shape[1]].copy_(chunk_NV)
-        return self._shares_NV
-
     def differentiate(
         self, chunk_NV: torch.Tensor, factor_N: torch.Tensor | None, scale_N: torch.Tensor
     ) -> torch.Tensor:
         """Turn the chunk that was read last into gradients, in its memory and type.
 
         Args:
-            chunk_NV: what ``normalise`` or ``resume`` was given.
+            chunk_NV: what ``normalise`` was given.
             factor_N: what the share of a column is multiplied by; None for 1.
             scale_N: what is taken off at the target.
 
@@ -97,8 +75,6 @@ class TorchSoftmax:
             [N, V].
         """
         shares_NV = self._shares_NV
-        if self._sum_N is not None:
-            factor_N = _divide(factor_N, self._sum_N)
         if factor_N is not None:
             shares_NV.mul_(factor_N[:, None])
         if shares_NV.shape[1]:
@@ -123,20 +99,11 @@ class TritonSoftmax:
         self._highest_N, self._sum_N, target_N = self._gpu.normalise(chunk_NV, own_N)
         return target_N, self._highest_N + self._sum_N.double().log()
 
-    def resume(self, chunk_NV: torch.Tensor, own_N: torch.Tensor, log_sum_N: torch.Tensor) -> None:
-        """Read the logits of a chunk again, as ``TorchSoftmax.resume``."""
-        self._own_N, self._highest_N = own_N, log_sum_N.float()
-        self._sum_N = (log_sum_N - self._highest_N).exp().float()
-
     def differentiate(
         self, chunk_NV: torch.Tensor, factor_N: torch.Tensor | None, scale_N: torch.Tensor
     ) -> torch.Tensor:
         """Turn the chunk that was read last into gradients, as ``TorchSoftmax.differentiate``."""
         # A share is exp(logit - highest) / sum: what log_sum is rounded by does not enter its exponent.
-        factor_N = _divide(factor_N, self._sum_N)
+        factor_N = self._sum_N.reciprocal() if factor_N is None else factor_N / self._sum_N
         self._gpu.differentiate(chunk_NV, self._own_N, self._highest_N, factor_N, scale_N)
         return chunk_NV
-
-
-def _divide(factor_N: torch.Tensor | None, sum_N: torch.Tensor) -> torch.Tensor:
-    return sum_N.reciprocal() if factor_N is None else factor_N / sum_N

@@ -52,11 +52,11 @@ def run(compute, tensors, learning, upstream, *rest):
     num_tokens=st.integers(1, 7), width=st.integers(1, 9), num_true=st.integers(1, 41), num_padding=st.integers(0, 3),
     dtype=st.sampled_from(DTYPES), masked=st.sampled_from(("none", "some", "all")), z_loss=st.sampled_from((0, 0.1)),
     upstream=st.sampled_from(("same", "drawn", "drawn twice")), block=st.sampled_from(BLOCKS),
-    chunk=st.tuples(st.integers(1, 9), st.integers(1, 50)),
+    rows=st.integers(1, 9),
     learning=st.sampled_from(((True, True), (True, False), (False, True))), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_error_is_at_most_twice_that_of_plain_pytorch(
-    num_tokens, width, num_true, num_padding, dtype, masked, z_loss, upstream, block, chunk, learning, seed
+    num_tokens, width, num_true, num_padding, dtype, masked, z_loss, upstream, block, rows, learning, seed
 ):
     draw = torch.Generator().manual_seed(seed)
     hidden_NH = torch.randn(num_tokens, width, generator=draw).to(dtype)
@@ -68,7 +68,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(
     drawn = {"same": (same_N, same_N), "drawn": (of_loss_N, of_loss_N), "drawn twice": (of_loss_N, of_z_loss_N)}
     rest = learning, drawn[upstream], labels_N, mask_N, num_true, z_loss
     with (
-        mock.patch.object(module, "_choose_chunk", return_value=chunk),
+        mock.patch.object(module, "_count_rows", return_value=rows),
         mock.patch.object(gpu, "_MAX_BLOCK", block),
     ):
         ours = run(compute_ours, (hidden_NH, weight_VH), *rest)
