@@ -1,5 +1,4 @@
 import io
-import os
 import pickle
 
 import pytest
@@ -12,6 +11,7 @@ from megatron_adapt.checkpoint.archive import Place
 from megatron_adapt.checkpoint.dist import DistReader, DistWriter
 from megatron_adapt.checkpoint.values import TensorSpec
 from megatron_adapt.errors import CheckpointError
+from tests.helpers.evil import MakesFolder
 
 
 def _write(folder, tensor: torch.Tensor, *, rows_per_chunk: int = 1, cut_columns: bool = False) -> None:
@@ -115,17 +115,9 @@ def test_a_damaged_index_is_refused(tmp_path, raw):
         DistReader(tmp_path)
 
 
-class _Evil:
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self._path,)
-
-
 def test_an_index_with_foreign_code_does_not_run_it(tmp_path):
     target = tmp_path / "ran"
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(_Evil(str(target))))
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(MakesFolder(target)))
     with pytest.raises(CheckpointError, match="damaged"):
         DistReader(tmp_path)
     assert not target.exists()

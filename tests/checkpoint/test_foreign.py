@@ -21,6 +21,7 @@ from megatron_adapt.config import Layout
 from megatron_adapt.engine.llama import build_model
 from megatron_adapt.engine.parallel import start_engine
 from megatron_adapt.errors import CheckpointError, ConfigError
+from tests.helpers.evil import MakesFolder
 from tests.helpers.fused import fuse_weights, make_arguments
 from tests.helpers.spawn import run_ranks
 from tests.helpers.tensors import assert_same_tensors, convert_to_hf
@@ -275,17 +276,9 @@ def test_names_of_other_programs_are_refused_with_an_example(tmp_path):
         convert_to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf)
 
 
-class _Evil:
-    def __init__(self, path: Path) -> None:
-        self._path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self._path,)
-
-
 def test_code_in_common_pt_does_not_run(saved, tmp_path):
-    common = {**_common(saved / "hf_model"), "extra": _Evil(tmp_path / "ran")}
-    common["args"].evil = _Evil(tmp_path / "ran_too")
+    common = {**_common(saved / "hf_model"), "extra": MakesFolder(tmp_path / "ran")}
+    common["args"].evil = MakesFolder(tmp_path / "ran_too")
     out = convert_to_hf(_copy(saved, tmp_path, common), tmp_path / "out", tokenizer=saved / "hf_model")
     assert_same_tensors(saved / "hf_model", out)
     assert not (tmp_path / "ran").exists()

@@ -1,6 +1,5 @@
 import io
 import logging
-import os
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_adapt.checkpoint.root import find_checkpoint, is_megatron_checkpoi
 from megatron_adapt.checkpoint.values import read_values
 from megatron_adapt.config import ConvertCheckpoint
 from megatron_adapt.errors import CheckpointError, ConfigError
+from tests.helpers.evil import MakesFolder
 from tests.helpers.fused import fuse_weights, make_arguments, name_fused
 from tests.helpers.tensors import assert_same_tensors, convert_to_hf
 from tests.helpers.tiny import write_llama
@@ -283,17 +283,9 @@ def test_experts_in_the_args_are_refused_by_name_and_value(tmp_path):
         convert_to_hf(tmp_path / "root", tmp_path / "out", tokenizer=hf)
 
 
-class _Evil:
-    def __init__(self, path: Path) -> None:
-        self._path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self._path,)
-
-
 def test_code_in_a_partition_does_not_run(tmp_path):
     hf = _write_model(tmp_path / "hf_model")
-    folder = _write_partitions(hf, tmp_path / "root", 1, 1, evil=_Evil(tmp_path / "ran"))
+    folder = _write_partitions(hf, tmp_path / "root", 1, 1, evil=MakesFolder(tmp_path / "ran"))
     path = folder / "mp_rank_00" / "model_optim_rng.pt"
     assert b"mkdir" in path.read_bytes()
     assert_same_tensors(hf, convert_to_hf(folder, tmp_path / "out", tokenizer=hf))

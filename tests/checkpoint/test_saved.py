@@ -2,7 +2,6 @@ import argparse
 import collections
 import enum
 import io
-import os
 import random
 import types
 import zipfile
@@ -17,18 +16,11 @@ from hypothesis import strategies as st
 from megatron_adapt.checkpoint.archive import Inert
 from megatron_adapt.checkpoint.saved import Arguments, read_saved
 from megatron_adapt.errors import CheckpointError
+from tests.helpers.evil import MakesFolder
 
 
 class _Kind(enum.Enum):
     ONE = 1
-
-
-class _Evil:
-    def __init__(self, path: Path) -> None:
-        self._path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self._path,)
 
 
 def _save(path: Path, content: object) -> object:
@@ -76,7 +68,7 @@ def test_settings_and_states_of_a_run_are_read_whatever_their_classes(tmp_path):
 
 
 def test_code_that_a_file_names_does_not_run(tmp_path):
-    found = _save(tmp_path / "x.pt", {"evil": _Evil(tmp_path / "ran"), "step": 3})
+    found = _save(tmp_path / "x.pt", {"evil": MakesFolder(tmp_path / "ran"), "step": 3})
     assert found["step"] == 3
     assert isinstance(found["evil"], Inert)
     assert not (tmp_path / "ran").exists()

@@ -69,6 +69,19 @@ def write_documents(path: Path, texts: list[str]) -> Path:
     return path
 
 
+def encode_documents(raw: Path, tokenizer: Path, tokens: Path) -> None:
+    """Encode every file of documents, each to a dataset of its name."""
+    for documents in sorted(raw.glob("*.jsonl")):
+        preprocess_data(
+            PreprocessData(
+                input=(documents,),
+                tokenizer=tokenizer,
+                output_prefix=tokens / documents.stem,
+                settings=DataSettings(append_eod=True),
+            )
+        )
+
+
 def make_run(folder: Path, *, vocab_pad_multiple: int = 128, **model: Any) -> Path:
     """Write everything a training stage reads below ``folder``; return the recipe."""
     hf, raw, work_dir = folder / "hf", folder / "raw", folder / "run"
@@ -83,15 +96,8 @@ def make_run(folder: Path, *, vocab_pad_multiple: int = 128, **model: Any) -> Pa
     )
     for language, words in (("en", "the cat saw a dog on hill".split()), ("xx", "ბა გუ დი ვო".split())):
         for part, num_documents in (("train", 80), ("valid", 10)):
-            texts = make_texts(words, num_documents, seed=num_documents)
-            preprocess_data(
-                PreprocessData(
-                    input=(write_documents(raw / f"{language}-{part}.jsonl", texts),),
-                    tokenizer=hf,
-                    output_prefix=work_dir / "tokens" / f"{language}-{part}",
-                    settings=DataSettings(append_eod=True),
-                )
-            )
+            write_documents(raw / f"{language}-{part}.jsonl", make_texts(words, num_documents, seed=num_documents))
+    encode_documents(raw, hf, work_dir / "tokens")
     recipe = folder / "recipe.toml"
     recipe.write_text(RECIPE.format(work_dir=work_dir, hf=hf, raw=raw, tokens=TOKENS))
     return recipe

@@ -4,10 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_adapt.config import DataSettings, PreprocessData, ResizeVocab
-from megatron_adapt.data.encode import preprocess_data
+from megatron_adapt.config import ResizeVocab
 from megatron_adapt.vocab.resize import resize_vocab
-from tests.helpers.runs import make_run
+from tests.helpers.runs import encode_documents, make_run
 from tests.helpers.tiny import write_extended_tokenizer
 
 LETTERS = [("á", "ĥ"), *(("áĥ", last) for last in "ĳĲĴ£ĵĺķĿ")]
@@ -26,15 +25,7 @@ def make_extended_run(folder: Path, *, stage: str, **model: Any) -> Path:
     (run / "megatron").rename(run / "base")
     resize_vocab(ResizeVocab(model=run / "base", tokenizer=tokenizer, output=run / "megatron", vocab_pad_multiple=128))
     shutil.rmtree(run / "tokens")
-    for raw in sorted((folder / "raw").glob("*.jsonl")):
-        preprocess_data(
-            PreprocessData(
-                input=(raw,),
-                tokenizer=tokenizer,
-                output_prefix=run / "tokens" / raw.stem,
-                settings=DataSettings(append_eod=True),
-            )
-        )
+    encode_documents(folder / "raw", tokenizer, run / "tokens")
     text = recipe.read_text()
     assert text.count('trainable = "all"') == 1
     recipe.write_text(text.replace('trainable = "all"', stage))

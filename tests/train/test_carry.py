@@ -7,12 +7,11 @@ import torch
 
 from megatron_adapt.checkpoint.dist import DistReader
 from megatron_adapt.checkpoint.root import find_checkpoint
-from megatron_adapt.config import DataSettings, PreprocessData, ResizeVocab
-from megatron_adapt.data.encode import preprocess_data
+from megatron_adapt.config import ResizeVocab
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.files import read_json
 from megatron_adapt.vocab.resize import resize_vocab
-from tests.helpers.runs import copy_run, make_run, train_stage
+from tests.helpers.runs import copy_run, encode_documents, make_run, train_stage
 from tests.helpers.tiny import write_extended_tokenizer
 from tests.train.extended import LETTERS
 
@@ -56,15 +55,7 @@ def test_a_running_job_adds_tokens_and_goes_on(first, tmp_path):
         shutil.rmtree(run / part)
     tokenizer = write_extended_tokenizer(root / "hf", tmp_path / "tokenizer", LETTERS)
     resize_vocab(ResizeVocab(model=root, tokenizer=tokenizer, output=run / "megatron", vocab_pad_multiple=128))
-    for raw in (recipe.parent / "raw").glob("*.jsonl"):
-        preprocess_data(
-            PreprocessData(
-                input=(raw,),
-                tokenizer=tokenizer,
-                output_prefix=run / "tokens" / raw.stem,
-                settings=DataSettings(append_eod=True),
-            )
-        )
+    encode_documents(recipe.parent / "raw", tokenizer, run / "tokens")
     text = recipe.read_text()
     start, end = text.index('[[train.stages]]\nname = "first"'), text.index('[[train.stages]]\nname = "second"')
     recipe.write_text(text[:start] + text[end:])
