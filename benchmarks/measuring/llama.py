@@ -108,9 +108,10 @@ def make_ours(
     def run() -> float:
         (model,) = trainer.models
         model.zero_grad_buffer()
-        loss = model(inputs_BT, positions_BT, None, labels=labels_BT).mean()
-        loss.backward()
-        return float(loss.detach())
+        loss_BT = model(inputs_BT, positions_BT, None, labels=labels_BT)
+        # As in a step: the sum over tokens, which is scaled behind the backward pass.
+        loss_BT.sum().backward()
+        return float(loss_BT.detach().mean())
 
     return run
 
