@@ -5,7 +5,6 @@ NCCL where CUDA is, gloo otherwise, by the same code. A process that no launcher
 
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -84,7 +83,8 @@ def _init_process_group(timeout: timedelta) -> None:
         _check_restarts()
         dist.init_process_group(backend, timeout=timeout)
         return
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{_free_port()}", rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
 
 
 def _check_restarts() -> None:
@@ -92,12 +92,6 @@ def _check_restarts() -> None:
     may_restart = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if may_restart and os.environ.get(_FRESH_STORE, "0") != "1" and os.environ["RANK"] == "0":
         _logger.warning("torchrun --max-restarts: a restart fails to connect without %s=1; set it", _FRESH_STORE)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def quieten_engine() -> None:

@@ -113,11 +113,11 @@ def test_a_refusal_is_not_repeated(ask, server):
 
 
 def test_no_server_is_one_clear_error_and_leaves_nothing(ask, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    with pytest.raises(ConfigError, match=f"{url}/v1/models gives no answer in 4 tries, lastly .*refused.*; see"):
-        ask(url=url)
+    with socket.socket() as silent:  # taken, so that nobody else can answer there
+        silent.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"{url}/v1/models gives no answer in 4 tries, lastly .*refused.*; see"):
+            ask(url=url)
     assert not list(tmp_path.glob(".*"))
 
 

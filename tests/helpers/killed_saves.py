@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import traceback
@@ -19,7 +18,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_adapt.checkpoint.intact import find_wrong_content, find_wrong_size, read_record
@@ -27,6 +25,7 @@ from megatron_adapt.checkpoint.root import LATEST_FILE, find_checkpoint, list_st
 from megatron_adapt.logs import read_metrics
 from megatron_adapt.train import state
 from tests.helpers.runs import train_stage
+from tests.helpers.spawn import become_rank, host_store
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 ROOT = Path(__file__).parents[2]
@@ -59,9 +58,7 @@ def kill_saves(recipe: Path, num_ranks: int, num_moments: int, seed: int, *flags
 def launch(recipe: Path, flags: list[str], num_ranks: int, moment: int = 0) -> Launch:
     """Train in forked processes, killed at ``moment``: all of them, or of one rank the rank without its writers."""
     counter, finished, renames = FORK.Value("q", 0), FORK.Value("q", 0), FORK.Array("q", 999)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = host_store()
     leader = os.fork()
     if leader:
         _, status = os.waitpid(leader, 0)
@@ -87,11 +84,7 @@ def launch(recipe: Path, flags: list[str], num_ranks: int, moment: int = 0) -> L
                 rank, others = other, []
                 break
             others.append(child)
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )  # fmt: skip
-        torch.set_num_threads(1)
+        become_rank(rank, num_ranks, store.port)
         watch(tick, finished)
         train_stage(recipe, "first", *flags)
         failed = [child for child in others if os.waitpid(child, 0)[1]]

@@ -3,20 +3,30 @@
 import multiprocessing
 import os
 import queue
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch.distributed import TCPStore
 
-def _run_rank(function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple, results: Any) -> None:
+
+def host_store() -> TCPStore:
+    """Host the store in which ranks meet; as long as it lives, no other process can take its port."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def become_rank(rank: int, world_size: int, port: int) -> None:
+    """Make this process a rank as torchrun would, which hosts the store itself."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+        MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True", OMP_NUM_THREADS="1",
     )  # fmt: skip
-    import torch
-
     torch.set_num_threads(1)
+
+
+def _run_rank(function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple, results: Any) -> None:
+    become_rank(rank, world_size, port)
     try:
         results.put((rank, True, function(*args)))
     except BaseException:
@@ -42,13 +52,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
 
     The function and its arguments must be importable or picklable. The first traceback of a rank is raised.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = host_store()
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     ranks = [
-        context.Process(target=_run_rank, args=(function, rank, world_size, port, args, results))
+        context.Process(target=_run_rank, args=(function, rank, world_size, store.port, args, results))
         for rank in range(world_size)
     ]
     for process in ranks:

@@ -1,7 +1,6 @@
 """Two hosts on one machine: two torchrun agents that meet over loopback, one of them killed and started again."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import pytest
 
 from megatron_adapt.logs import read_metrics
 from tests.helpers.runs import copy_run, get_curve, make_run, train_stage
-from tests.helpers.spawn import run_ranks
+from tests.helpers.spawn import host_store, run_ranks
 
 TOOL = Path(__file__).parents[2] / "tools" / "pretrain.py"
 STEPS = 40
@@ -24,11 +23,11 @@ FLAGS = [
 RENDEZVOUS = "keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=300"
 
 
-def start_agent(recipe, port, log, *, is_host):
+def start_agent(recipe, port, log):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3",
         "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "run",
-        "--local-addr", "127.0.0.1", "--rdzv-conf", f"{RENDEZVOUS},is_host={int(is_host)}",
+        "--local-addr", "127.0.0.1", "--rdzv-conf", f"{RENDEZVOUS},is_host=0",
         str(TOOL), "--recipe", str(recipe), "--stage", "first", *FLAGS,
     ]  # fmt: skip
     # Without it an agent of torch 2.13 keeps the address of the first round, where another host was rank 0.
@@ -62,16 +61,14 @@ def test_a_host_that_dies_and_comes_back_costs_no_loss(tmp_path):
     recipe = copy_run(straight, tmp_path / "run")
     expected = run_ranks(train_stage, 2, straight, "first", *FLAGS)[0]
     root = recipe.parent / "run" / "checkpoints" / "first"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = host_store()
     logs = [tmp_path / f"{name}.log" for name in ("first", "second", "again")]
-    agents = [start_agent(recipe, port, logs[0], is_host=True), start_agent(recipe, port, logs[1], is_host=False)]
+    agents = [start_agent(recipe, store.port, log) for log in logs[:2]]
     try:
         wait_for_step(root / "metrics.jsonl", 10, agents)
         kill_tree(agents[1])
         assert not (root / "stage.json").exists()
-        agents[1] = start_agent(recipe, port, logs[2], is_host=False)
+        agents[1] = start_agent(recipe, store.port, logs[2])
         codes = [agent.wait(timeout=400) for agent in agents]
     finally:
         for agent in agents:
