@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -127,6 +128,9 @@ def _wrap(models: list[LlamaModel], train: TrainSettings) -> list[DistributedDat
         DistributedDataParallel(config=config, ddp_config=buffers, module=model, disable_bucketing=at > 0)
         for at, model in enumerate(models)
     ]
+    for model in wrapped:
+        # gloo reduces all of a buffer on every rank; to scatter it as well only costs a copy of the buffer.
+        model.force_all_reduce = dist.get_backend() == "gloo"
     if train.overlap_grad_reduce:
         pauses = [model.no_sync for model in wrapped]
         config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]

@@ -170,6 +170,8 @@ def _run_schedule(
         seq_length=windows.shape[1] - 1,
         micro_batch_size=micro_batch_size,
         forward_only=not learn,
+        # The engine's hooks know it of the model, what it calls at the end does not.
+        force_all_reduce=learn and models[0].force_all_reduce,
     )
     sums = torch.zeros(num_sums, dtype=torch.float64, device=get_device())
     for report in reports:  # only the last pipeline stage has any

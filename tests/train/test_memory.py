@@ -189,7 +189,7 @@ def test_ranks_that_share_a_window_hold_their_share_of_it_and_gather_keys_and_va
     alone = measure_rank(make_job(), 0)
     shared = measure_rank(make_job(world_size=2, context_parallel_size=2), 0)
     # Keys and values of the whole window stay.
-    assert shared.activations == pytest.approx(alone.activations / 2, rel=0.15)
+    assert shared.activations == pytest.approx(alone.activations / 2, rel=0.1)
     assert shared.activations > alone.activations / 2
     heads = 2 * SHAPE.num_query_groups * SHAPE.kv_channels * 256  # keys and values of a micro-batch
     # Gathered in bf16, and their gradients reduce-scattered; of each a rank of two sends the half.
@@ -252,10 +252,7 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_real_process_takes_what_was_planned(case):
-    """With windows of 512 the process took 2.1 per cent more than planned, and 6.1 (train/README.md).
-
-    Here 13 with bf16 moments: the scratch of that optimizer's step is not planned, and is much of a model this small.
-    """
+    """With windows of 512 the process took 1.8 per cent more than planned to 5.9 (train/README.md)."""
     types, trainable = CASES[case]
     shape = replace(
         SHAPE, num_layers=9, hidden_size=640, ffn_hidden_size=1728, num_attention_heads=10, num_query_groups=5,
@@ -271,4 +268,4 @@ def test_a_real_process_takes_what_was_planned(case):
     environment = {**os.environ, **allocator, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["grown"] == pytest.approx(planned.total, rel=0.15)
+    assert json.loads(done.stdout)["grown"] == pytest.approx(planned.total, rel=0.1)
