@@ -59,6 +59,17 @@ def write_extended_tokenizer(base: Path, folder: Path, merges: Sequence[tuple[st
     return folder
 
 
+def swap_two_pieces(tokenizer: Path) -> None:
+    """Give ids 258 and 259 of an extended tokenizer to each other's piece, and note it in its record."""
+    path = tokenizer / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["aa"], vocab["ab"] = vocab["ab"], vocab["aa"]
+    path.write_text(json.dumps(content))
+    path = tokenizer / "added_pieces.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "moved": {"258": 259, "259": 258}}))
+
+
 def write_llama(
     folder: Path,
     *,

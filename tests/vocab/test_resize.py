@@ -11,7 +11,7 @@ from megatron_adapt.config import ConvertCheckpoint, ResizeVocab, VocabSettings
 from megatron_adapt.errors import CheckpointError, ConfigError, DataError
 from megatron_adapt.vocab import resize
 from megatron_adapt.vocab.resize import resize_vocab
-from tests.helpers.tiny import write_byte_tokenizer, write_extended_tokenizer, write_llama
+from tests.helpers.tiny import swap_two_pieces, write_byte_tokenizer, write_extended_tokenizer, write_llama
 
 NEW = [("aa", "ab"), ("t", "h"), ("th", "e"), ("Ġ", "the")]
 MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -171,13 +171,7 @@ def test_pieces_that_do_not_fit_the_tokenizer_are_refused(tmp_path, model, token
 
 
 def test_rows_follow_tokens_that_moved_and_dropped_ones_are_gone(tmp_path, model, tokenizer):
-    path = tokenizer / "tokenizer.json"
-    content = json.loads(path.read_text())
-    vocab = content["model"]["vocab"]
-    vocab["aa"], vocab["ab"] = vocab["ab"], vocab["aa"]
-    path.write_text(json.dumps(content))
-    path = tokenizer / "added_pieces.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "moved": {"258": 259, "259": 258}}))
+    swap_two_pieces(tokenizer)
     after, before = _resize(model, tokenizer, tmp_path / "out"), HFFolder(model)
     order = [*range(258), 259, 258, *range(260, 300)]
     for name in MATRICES:

@@ -12,7 +12,7 @@ from megatron_adapt.checkpoint.values import TensorSpec
 from megatron_adapt.config import CheckpointSettings, ConvertCheckpoint, ResizeVocab
 from megatron_adapt.errors import CheckpointError
 from megatron_adapt.vocab.resize import resize_vocab
-from tests.helpers.tiny import write_byte_tokenizer, write_extended_tokenizer, write_llama
+from tests.helpers.tiny import swap_two_pieces, write_byte_tokenizer, write_extended_tokenizer, write_llama
 
 NEW = [("aa", "ab"), ("t", "h"), ("th", "e"), ("Ġ", "the")]
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -123,13 +123,7 @@ def test_small_blocks_give_the_same_checkpoint(tmp_path, tokenizer, monkeypatch)
 
 def test_rows_follow_tokens_that_moved(tmp_path, tokenizer):
     _, root = make_checkpoint(tmp_path, with_optimizer=True)
-    path = tokenizer / "tokenizer.json"
-    content = json.loads(path.read_text())
-    vocab = content["model"]["vocab"]
-    vocab["aa"], vocab["ab"] = vocab["ab"], vocab["aa"]
-    path.write_text(json.dumps(content))
-    path = tokenizer / "added_pieces.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "moved": {"258": 259, "259": 258}}))
+    swap_two_pieces(tokenizer)
     before, after = DistReader(root / "release"), resize(root, tokenizer, tmp_path / "out")
     order = [*range(258), 259, 258, *range(260, 300)]
     for key in (EMBEDDING, f"optimizer.state.exp_avg_sq.{EMBEDDING}"):
