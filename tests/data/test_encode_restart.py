@@ -236,9 +236,8 @@ print(json.dumps(results))
 """
 
 
-@pytest.mark.parametrize(
-    "more", [{}, pytest.param({"split_sentences": True}, marks=pytest.mark.slow)], ids=["whole", "sentences"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"split_sentences": True}], ids=["whole", "sentences"])
 def test_killed_before_every_step_of_the_disk_it_goes_on(tokenizer, tmp_path, more):
     corpus = write_lines(tmp_path / "c.jsonl", [f"Some text of mine. Number {n}" for n in range(400)])
     root = Path(__file__).parents[2]

@@ -54,7 +54,7 @@ def test_tokens_of_each_language_are_those_of_the_blend(reference):
     assert rows[-1]["tokens"] == {"en": NUM_STEPS * 3 * 16, "xx": NUM_STEPS * 9 * 16}
 
 
-# The quick proof for all of them is in test_layout_matrix.py; here the whole stage runs in each.
+# What each of them computes is proven in test_layout_matrix.py; here the whole stage runs in it.
 @pytest.mark.parametrize(
     "layout", [name if name == "tp2-sp" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
 )
@@ -96,6 +96,7 @@ def test_resumed_run_equals_an_undisturbed_one(case, tmp_path):
         assert [row.get(name) for row in rows] == [row.get(name) for row in expected], name
 
 
+@pytest.mark.slow
 def test_state_of_another_layout_continues_within_rounding(reference, tmp_path):
     recipe, expected = reference
     copied = copy_run(recipe, tmp_path / "run")

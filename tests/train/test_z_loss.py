@@ -111,6 +111,7 @@ def _run_layouts(weights):
     return found
 
 
+@pytest.mark.slow
 def test_every_layout_learns_alike_and_validation_does_not_see_it(weights):
     with start_engine(Layout(), seed=1):
         alone, without = (run_steps(weights, Layout(), z_loss) for z_loss in (0.05, 0.0))
