@@ -194,6 +194,7 @@ def test_a_joined_file_that_is_too_short_is_refused(corpus, interrupted):
 _KILL_AT_EVERY_STEP = """
 import json, os, signal, sys
 from pathlib import Path
+from megatron_adapt.corpus import sentences  # once, not in every child
 from megatron_adapt.data import manifest, shards
 from megatron_adapt.data.encode import preprocess_data
 from tests.data.corpora import make_config
