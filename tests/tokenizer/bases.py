@@ -16,6 +16,9 @@ SYLLABLES = {
     "ja": "の は 日本 語 で す 学 東京 ます カタ カナ を た 見 食べ 々".split(),
     "ar": "ال كت اب مد رس ة في من عل ى قا ل و هم ذه".split(),
 }
+SCRIPTS = {"ru": ("Cyrillic",), "ja": ("Han", "Hiragana", "Katakana"), "ar": ("Arabic",)}
+"What the languages beside English are written in."
+KINDS = ("byte_level", "sentencepiece")
 CHAT, TOOL = "<|chat|>", "[tool]"
 TEMPLATE = "{{ bos_token }}{% for message in messages %}<|chat|>{{ message.content }}{% endfor %}"
 ODD_TEXTS = [
@@ -47,6 +50,9 @@ def make_texts(language: str, num_texts: int = 150, seed: int = 0) -> list[str]:
         chosen = rng.choices(words, weights, k=rng.randint(5, 40))
         texts.append(("" if language == "ja" else " ").join(chosen) + rng.choice([".", "!\n", "。", " 2024\n\n"]))
     return texts
+
+
+MIXED = [*ODD_TEXTS, *(text for language in (*SCRIPTS, "en") for text in make_texts(language, 20, seed=7))]
 
 
 def write_corpus(path: Path, texts: list[str]) -> Path:

@@ -13,13 +13,10 @@ from megatron_adapt.errors import ConfigError, DataError
 from megatron_adapt.scripts import make_script_class
 from megatron_adapt.tokenizer.build import build_tokenizer
 from megatron_adapt.tokenizer.pieces import SPACE, LoadedTokenizer, encode_texts, piece_bytes, read_tokenizer
-from tests.tokenizer.bases import ODD_TEXTS, make_texts, write_corpus
+from tests.tokenizer.bases import ODD_TEXTS, SCRIPTS, make_texts, write_corpus
 
 RU = make_texts("ru", 40)
 PROBES = [*ODD_TEXTS, *make_texts("en", 10, seed=3), *make_texts("ru", 10, seed=3), *make_texts("ja", 5, seed=3)]
-KINDS = ("byte_level", "sentencepiece")
-SCRIPTS = {"ru": ("Cyrillic",), "ja": ("Han", "Hiragana", "Katakana"), "ar": ("Arabic",)}
-MIXED = [*ODD_TEXTS, *(text for language in (*SCRIPTS, "en") for text in make_texts(language, 20, seed=7))]
 
 
 def extend(base_folder: Path, output: Path, texts, scripts=(), size=40, options=None, **settings) -> LoadedTokenizer:
@@ -108,8 +105,8 @@ def read_record(made: LoadedTokenizer) -> dict:
     return json.loads((made.folder / "stage.json").read_text())["counts"]
 
 
-def check_that_one_language_gets_shorter(base: LoadedTokenizer, extended: LoadedTokenizer, language: str) -> None:
-    """Check that texts of a language are cut into fewer pieces, and those of others into the same."""
+def require_one_language_shorter(base: LoadedTokenizer, extended: LoadedTokenizer, language: str) -> None:
+    """Require that texts of a language are cut into fewer pieces, and those of others into the same."""
     for other in (*SCRIPTS, "en"):
         texts = make_texts(other, 30, seed=3)
         before, after = encode_texts(base, texts), encode_texts(extended, texts)

@@ -12,10 +12,8 @@ from megatron_adapt.tokenizer.build import build_tokenizer
 from megatron_adapt.tokenizer.id_map import read_id_map
 from megatron_adapt.tokenizer.learn import learn_base_tokenizer
 from megatron_adapt.tokenizer.pieces import copy_tokenizer, encode_texts, piece_bytes, read_tokenizer
-from tests.tokenizer.bases import ODD_TEXTS, edit_json, make_texts, write_corpus
+from tests.tokenizer.bases import KINDS, MIXED, edit_json, make_texts, write_corpus
 
-KINDS = ("byte_level", "sentencepiece")
-MIXED = [*ODD_TEXTS, *(text for language in ("ru", "ja", "en") for text in make_texts(language, 20, seed=7))]
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<|turn|>{{ m.content }}{% endfor %}"
 
 

@@ -10,9 +10,8 @@ from megatron_adapt.config import BuildTokenizer, TokenizerSettings
 from megatron_adapt.errors import ConfigError, DataError
 from megatron_adapt.tokenizer.build import build_tokenizer
 from megatron_adapt.tokenizer.pieces import read_tokenizer, to_letters
-from tests.tokenizer.bases import edit_json
+from tests.tokenizer.bases import KINDS, edit_json
 from tests.tokenizer.guarantees import (
-    KINDS,
     PROBES,
     RU,
     added_token,

@@ -24,9 +24,8 @@ from megatron_adapt.tokenizer.model_proto import (
     write_model,
 )
 from megatron_adapt.tokenizer.pieces import copy_tokenizer, read_tokenizer
-from tests.tokenizer.bases import edit_json, make_texts
+from tests.tokenizer.bases import KINDS, edit_json, make_texts
 from tests.tokenizer.guarantees import (
-    KINDS,
     PROBES,
     RU,
     added_token,

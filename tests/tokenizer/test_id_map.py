@@ -12,9 +12,7 @@ from megatron_adapt.tokenizer.id_map import MAP_FILE, IdMap, map_ids, read_id_ma
 from megatron_adapt.tokenizer.learn import learn_base_tokenizer
 from megatron_adapt.tokenizer.pieces import byte_letters, copy_tokenizer, piece_bytes, read_content, read_tokenizer
 from megatron_adapt.tokenizer.renumber import list_fixed, write_renumbered
-from tests.tokenizer.bases import edit_json, make_texts
-
-KINDS = ("byte_level", "sentencepiece")
+from tests.tokenizer.bases import KINDS, edit_json, make_texts
 
 
 @st.composite

@@ -22,8 +22,8 @@ from megatron_adapt.tokenizer.merge import learn_alone
 from megatron_adapt.tokenizer.model_proto import list_by_score, read_model
 from megatron_adapt.tokenizer.pieces import copy_tokenizer, encode_texts, from_letters, piece_bytes, read_tokenizer
 from megatron_adapt.tokenizer.words import count_words, strip_tokenizer
-from tests.tokenizer.bases import ODD_TEXTS, make_texts, write_corpus
-from tests.tokenizer.guarantees import MIXED, SCRIPTS, check_that_one_language_gets_shorter
+from tests.tokenizer.bases import MIXED, ODD_TEXTS, SCRIPTS, make_texts, write_corpus
+from tests.tokenizer.guarantees import require_one_language_shorter
 
 SIZE = 100
 
@@ -89,7 +89,7 @@ def test_every_added_piece_is_one_token(bases, merged, overlapping):
 
 def test_the_new_language_gets_shorter_and_others_stay_as_they_were(bases, merged):
     for (kind, language), tokenizer in merged.items():
-        check_that_one_language_gets_shorter(bases[kind], tokenizer, language)
+        require_one_language_shorter(bases[kind], tokenizer, language)
 
 
 def test_no_text_is_lost(merged, overlapping):

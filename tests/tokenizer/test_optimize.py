@@ -1,7 +1,7 @@
 import json
 from collections import Counter
 from functools import partial
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,11 +17,9 @@ from megatron_adapt.tokenizer.optimize import rank_pieces, reduce_tokenizer
 from megatron_adapt.tokenizer.pieces import piece_bytes, read_tokenizer
 from megatron_adapt.tokenizer.words import strip_tokenizer
 from tests.helpers.tiny import write_byte_tokenizer
-from tests.tokenizer.bases import CHAT, ODD_TEXTS, TEMPLATE, TOOL, make_texts, write_chat_base, write_corpus
+from tests.tokenizer.bases import CHAT, KINDS, MIXED, TEMPLATE, TOOL, make_texts, write_chat_base, write_corpus
 from tests.tokenizer.guarantees import encode, encode_by_model, encode_by_transformers
 
-KINDS = ("byte_level", "sentencepiece")
-MIXED = [*ODD_TEXTS, *chain(*(make_texts(language, 20, seed=7) for language in ("en", "ru", "ja", "ar")))]
 NUM_ADDED = 90
 
 

@@ -1,7 +1,6 @@
 import json
 import logging
 import shutil
-from itertools import chain
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,11 +14,10 @@ from megatron_adapt.tokenizer.id_map import read_id_map
 from megatron_adapt.tokenizer.learn import train_sentencepiece
 from megatron_adapt.tokenizer.pieces import piece_bytes, read_tokenizer
 from megatron_adapt.tokenizer.words import strip_tokenizer
-from tests.tokenizer.bases import CHAT, ODD_TEXTS, TEMPLATE, TOOL, make_texts, write_chat_base, write_corpus
+from tests.tokenizer.bases import CHAT, MIXED, TEMPLATE, TOOL, make_texts, write_chat_base, write_corpus
 from tests.tokenizer.guarantees import encode, encode_by_model, encode_by_transformers
 
 MADE = [("byte_level", "bpe"), ("sentencepiece", "bpe"), ("sentencepiece", "unigram")]
-MIXED = [*ODD_TEXTS, *chain(*(make_texts(language, 20, seed=7) for language in ("en", "ru", "ja", "ar")))]
 SIZE = 640
 
 

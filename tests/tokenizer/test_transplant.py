@@ -14,8 +14,8 @@ from megatron_adapt.tokenizer.learn import learn_base_tokenizer
 from megatron_adapt.tokenizer.pieces import encode_texts, piece_bytes, read_tokenizer
 from megatron_adapt.tokenizer.transplant import rank_pieces
 from megatron_adapt.tokenizer.words import count_words, strip_tokenizer
-from tests.tokenizer.bases import make_texts, write_corpus
-from tests.tokenizer.guarantees import KINDS, MIXED, SCRIPTS, check_that_one_language_gets_shorter
+from tests.tokenizer.bases import KINDS, MIXED, SCRIPTS, make_texts, write_corpus
+from tests.tokenizer.guarantees import require_one_language_shorter
 
 SIZE = 60
 
@@ -77,7 +77,7 @@ def test_every_added_piece_is_one_token(bases, transplanted):
 
 def test_the_new_language_gets_shorter_and_others_stay_as_they_were(bases, transplanted):
     for (kind, _, language), tokenizer in transplanted.items():
-        check_that_one_language_gets_shorter(bases[kind], tokenizer, language)
+        require_one_language_shorter(bases[kind], tokenizer, language)
 
 
 def test_all_readers_agree_and_no_text_is_lost(transplanted):
